@@ -1,0 +1,1 @@
+"""The attention operator: specs, reference, backends, merging and partitions."""

@@ -1,0 +1,131 @@
+"""Settings, frozen and validated on construction. No torch here.
+
+"auto" and None are resolved into new objects by the code that knows the facts (the model's
+config, the machine); a config is never mutated.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import msgspec
+
+from lamina.errors import ConfigError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+          "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
+
+
+def parse_bytes(text: str, field: str) -> int:
+    """`8GiB`, `512MiB`, `2e9`, `4G` -> bytes; ConfigError names `field`."""
+    match = re.fullmatch(
+        r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE
+    )
+    unit = match.group(2).lower() if match else ""
+    if match is None or unit not in _UNITS:
+        raise ConfigError(f"{field} must be a size such as 8GiB or 512MiB, got {text!r}")
+    return int(float(match.group(1)) * _UNITS[unit])
+
+
+class AttentionWorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One attention worker to start on this machine."""
+
+    device: Literal["cpu"] = "cpu"
+    memory_bytes: int | None = None
+    """None: `EngineConfig.attention_memory_bytes`."""
+
+    def __post_init__(self) -> None:
+        if self.memory_bytes is not None and self.memory_bytes <= 0:
+            raise ConfigError(f"attention_workers memory must be positive, got {self.memory_bytes}")
+
+
+def parse_attention_workers(text: str) -> tuple[AttentionWorkerConfig, ...]:
+    """`2` or `cpu:8GiB,cpu:4GiB` -> one config per worker; ConfigError for anything else."""
+    if re.fullmatch(r"[0-9]+", text.strip()):
+        return tuple(AttentionWorkerConfig() for _ in range(int(text)))
+    workers = []
+    for part in text.split(","):
+        device, _, memory = part.strip().partition(":")
+        if device != "cpu":
+            raise ConfigError(
+                f"attention_workers must be a count or a list such as cpu:8GiB,cpu:4GiB, got {text!r}"
+            )
+        size = parse_bytes(memory, "attention_workers memory") if memory else None
+        workers.append(AttentionWorkerConfig(memory_bytes=size))
+    return tuple(workers)
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything an engine needs to start. Flag names follow vLLM where the meaning is the same."""
+
+    model: str
+    """Folder of a Hugging Face checkpoint."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """`dummy`: random weights from the config, for benchmarks."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    """None: the model's own limit, or what the page budget can hold if that is less."""
+    max_num_seqs: int = 64
+    """Most sequences in one step."""
+    max_num_batched_tokens: int = 512
+    """Most rows in one step; longer prompts are computed in chunks."""
+    max_num_waiting: int = 1024
+    """Most requests that wait; one more is refused (HTTP 429)."""
+    block_size: int = 64
+    """Tokens per KV page."""
+    attention: Literal["local", "remote"] = "remote"
+    attention_workers: tuple[AttentionWorkerConfig, ...] = (AttentionWorkerConfig(),)
+    attention_partition: Literal["auto", "heads", "requests"] = "auto"
+    attention_memory_bytes: int | None = None
+    """KV memory of each attention worker (or of the local executor with attention=local).
+    None: enough for `max_num_seqs` sequences of the model's length, at most a quarter of the RAM."""
+    local_memory_bytes: int | None = None
+    """KV memory of the local executor for prompts in progress. None: one full-length prompt."""
+    early_q: bool = True
+    """Send q before k and v are computed."""
+    num_threads: int | None = None
+    """Threads of the model worker. None: shared out with the attention workers."""
+    worker_num_threads: int | None = None
+    """Threads of each attention worker."""
+    step_deadline_s: float = 60.0
+    """Longest wait for one answer of an attention worker that still sends heartbeats."""
+    heartbeat_interval_s: float = 0.25
+    heartbeat_timeout_s: float = 1.5
+    """A worker silent for this long is lost."""
+    startup_timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, field: str, want: str) -> None:
+            if not ok:
+                raise ConfigError(f"{field} must be {want}, got {getattr(self, field)}")
+
+        for field in ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size"):
+            need(getattr(self, field) >= 1, field, "at least 1")
+        need(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            "max_num_batched_tokens",
+            f"at least max_num_seqs ({self.max_num_seqs})",
+        )
+        for field in ("max_model_len", "num_threads", "worker_num_threads",
+                      "attention_memory_bytes", "local_memory_bytes"):  # fmt: skip
+            value = getattr(self, field)
+            need(value is None or value >= 1, field, "at least 1")
+        for field in (
+            "step_deadline_s",
+            "heartbeat_interval_s",
+            "heartbeat_timeout_s",
+            "startup_timeout_s",
+        ):
+            need(getattr(self, field) > 0, field, "positive")
+        need(
+            self.heartbeat_timeout_s >= 3 * self.heartbeat_interval_s,
+            "heartbeat_timeout_s",
+            f"at least three heartbeat intervals ({3 * self.heartbeat_interval_s})",
+        )
+        if self.attention == "remote" and not self.attention_workers:
+            raise ConfigError(
+                "attention_workers must be at least 1 with attention=remote; "
+                "use attention=local for one process"
+            )

@@ -1,0 +1,1 @@
+"""Converter: any transformers decoder that uses the attention interface -> a `SlicedModel`."""

@@ -1,0 +1,1 @@
+"""The engine: plan, run, apply; its process, its client and the Python API."""

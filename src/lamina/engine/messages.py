@@ -1,0 +1,96 @@
+"""Messages between the front end's client and the engine process: msgspec over one ZeroMQ pair.
+
+client --> engine   AddRequests, Abort, CheckIntegrity, Shutdown
+engine --> client   Ready once, then Outputs after each step that produced any, IntegrityReport
+                    in answer to CheckIntegrity, and Failed when it can no longer serve
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from lamina.types import EngineRequest, SequenceOutput
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the front end must know of the model that the engine runs."""
+
+    architecture: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    """Most tokens of a sequence, prompt and output together; resolved by the engine."""
+    eos_token_ids: tuple[int, ...]
+    max_num_seqs: int
+    max_num_waiting: int
+    attention: str
+    """One line for people: where attention runs and how it is partitioned."""
+
+
+class ExecutorStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Page use of one attention executor, from the engine's own arithmetic."""
+
+    name: str
+    pages_used: int
+    pages_total: int
+    alive: bool = True
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot; totals count from the engine's start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    executors: tuple[ExecutorStats, ...] = ()
+    prompt_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    preemptions_total: int = 0
+    steps_total: int = 0
+
+
+class AddRequests(msgspec.Struct, frozen=True, tag=True):
+    requests: tuple[EngineRequest, ...]
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    request_ids: tuple[str, ...]
+
+
+class CheckIntegrity(msgspec.Struct, frozen=True, tag=True):
+    """Ask every executor to verify its allocator against the engine's page budget."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    model: ModelInfo
+    stats: EngineStats
+
+
+class Outputs(msgspec.Struct, frozen=True, tag=True):
+    outputs: tuple[SequenceOutput, ...]
+    stats: EngineStats
+
+
+class IntegrityReport(msgspec.Struct, frozen=True, tag=True):
+    problems: tuple[str, ...]
+    """Empty when every allocator is sound and agrees with the engine."""
+    executors: tuple[ExecutorStats, ...]
+    """As the executors themselves count."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot serve (any more). Sent instead of Ready, or after it; `kind` is the error's class."""
+
+    kind: str
+    message: str
+
+
+ToEngine = AddRequests | Abort | CheckIntegrity | Shutdown
+FromEngine = Ready | Outputs | IntegrityReport | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

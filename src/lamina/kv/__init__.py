@@ -1,0 +1,1 @@
+"""KV pages: allocation (pure) and tensors."""

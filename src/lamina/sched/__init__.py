@@ -1,0 +1,1 @@
+"""Scheduling, pure: no torch, no clocks, no sockets."""

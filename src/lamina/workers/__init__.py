@@ -1,0 +1,1 @@
+"""Model worker, attention worker and the processes around them."""
