@@ -46,6 +46,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     generated_tokens_total: int = 0
     preemptions_total: int = 0
     steps_total: int = 0
+    seconds: dict[str, float] = msgspec.field(default_factory=dict)
+    """Where the engine's time went since its start, by phase."""
 
 
 class AddRequests(msgspec.Struct, frozen=True, tag=True):

@@ -1,0 +1,133 @@
+"""Engine options shared by the commands that start an engine."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lamina.config import EngineConfig, parse_attention_workers, parse_bytes
+from lamina.demo import demo_model_path
+
+_ENGINE = "Engine"
+_ATTENTION = "Attention workers"
+_DEFAULT = EngineConfig(model="")
+
+
+def _option(kind: object, default: object, help_text: str, panel: str) -> tuple[Any, object]:
+    return Annotated[kind, typer.Option(help=help_text, rich_help_panel=panel)], default
+
+
+_OPTIONS: dict[str, tuple[Any, object]] = {
+    "load_format": _option(
+        Literal["auto", "dummy"], "auto", "dummy: random weights, for benchmarks.", _ENGINE
+    ),
+    "dtype": _option(
+        Literal["auto", "float32", "bfloat16", "float16"],
+        "auto", "Data type of weights, activations and cache; auto: the checkpoint's.", _ENGINE,
+    ),
+    "seed": _option(int, 0, "Seed of dummy weights.", _ENGINE),
+    "max_model_len": _option(
+        int | None, None, "Most tokens of prompt and output together.", _ENGINE
+    ),
+    "max_num_seqs": _option(
+        int, _DEFAULT.max_num_seqs, "Most sequences in one step.", _ENGINE
+    ),
+    "max_num_batched_tokens": _option(
+        int, _DEFAULT.max_num_batched_tokens, "Most tokens in one step.", _ENGINE
+    ),
+    "max_num_waiting": _option(
+        int, _DEFAULT.max_num_waiting, "Most waiting requests; more are refused.", _ENGINE
+    ),
+    "block_size": _option(int, _DEFAULT.block_size, "Tokens per KV page.", _ENGINE),
+    "num_threads": _option(int | None, None, "Threads of the model worker.", _ENGINE),
+    "attention": _option(
+        Literal["local", "remote"], "remote",
+        "local: monolithic, attention in the model worker's own process.", _ATTENTION,
+    ),
+    "attention_workers": _option(
+        str, "1", "How many, or one device and KV memory each: cpu:8GiB,cpu:4GiB.", _ATTENTION
+    ),
+    "attention_partition": _option(
+        Literal["auto", "heads", "requests"], "auto",
+        "What each worker gets; auto: heads where they divide, else requests.", _ATTENTION,
+    ),
+    "attention_memory": _option(
+        str | None, None, "KV memory of each attention worker, such as 8GiB.", _ATTENTION
+    ),
+    "local_memory": _option(
+        str | None, None, "KV memory of the model worker for prompts in progress.", _ATTENTION
+    ),
+    "worker_num_threads": _option(
+        int | None, None, "Threads of each attention worker.", _ATTENTION
+    ),
+    "early_q": _option(
+        bool, True, "Send q before k and v are computed.", _ATTENTION
+    ),
+    "step_deadline_s": _option(
+        float, _DEFAULT.step_deadline_s, "Longest wait for a worker's answer.", _ATTENTION
+    ),
+    "heartbeat_timeout_s": _option(
+        float, _DEFAULT.heartbeat_timeout_s, "A worker silent this long is lost.", _ATTENTION
+    ),
+}  # fmt: skip
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(help="Folder of a Hugging Face checkpoint; without it the bundled demo model."),
+]
+
+
+def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the MODEL argument and all engine options.
+
+    The command's first parameter receives the EngineConfig; its others stay its own options.
+    """
+
+    @functools.wraps(command)
+    def run(model: str | None = None, **values: Any) -> None:
+        engine = {name: values.pop(name) for name in _OPTIONS}
+        command(engine_config(model, **engine), **values)
+
+    kinds = {name: annotation for name, (annotation, _) in _OPTIONS.items()}
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(
+            "model", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=ModelArgument
+        ),
+        *(p.replace(kind=keyword) for p in own),
+        *(
+            inspect.Parameter(name, keyword, default=default, annotation=kinds[name])
+            for name, (_, default) in _OPTIONS.items()
+        ),
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    del run.__wrapped__  # type: ignore[attr-defined]
+    return run
+
+
+def engine_config(
+    model: str | None,
+    *,
+    attention_workers: str,
+    attention_memory: str | None,
+    local_memory: str | None,
+    **fields: Any,
+) -> EngineConfig:
+    """An EngineConfig from option values; ConfigError names what is wrong."""
+    return EngineConfig(
+        model=model if model is not None else str(demo_model_path()),
+        attention_workers=parse_attention_workers(attention_workers),
+        attention_memory_bytes=_bytes(attention_memory, "attention_memory"),
+        local_memory_bytes=_bytes(local_memory, "local_memory"),
+        **fields,
+    )
+
+
+def _bytes(text: str | None, field: str) -> int | None:
+    return None if text is None else parse_bytes(text, field)

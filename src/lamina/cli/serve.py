@@ -1,0 +1,61 @@
+"""`lamina serve`: the OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Annotated, Literal
+
+import typer
+
+from lamina.cli.options import with_engine_options
+from lamina.config import EngineConfig
+
+_SERVER = "Server"
+
+
+@with_engine_options
+def serve(
+    config: EngineConfig,
+    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=_SERVER)] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[
+        int, typer.Option(help="Port; 0: the system chooses.", rich_help_panel=_SERVER)
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LAMINA_API_KEY",
+            help="Clients must send it as Bearer token.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(help="Model name in the API; default: the folder's.", rich_help_panel=_SERVER),
+    ] = None,
+    max_body_bytes: Annotated[
+        int, typer.Option(help="Largest request body.", rich_help_panel=_SERVER)
+    ] = 4 * 2**20,
+    vllm_metrics: Annotated[
+        bool,
+        typer.Option(help="Also export metrics under vLLM's names.", rich_help_panel=_SERVER),
+    ] = False,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option(rich_help_panel=_SERVER)
+    ] = "info",
+) -> None:
+    """Serve a model over the OpenAI HTTP API, its attention in separate worker processes."""
+    from lamina.server.run import ServerConfig, run
+
+    server = ServerConfig(
+        host=host,
+        port=port,
+        api_key=api_key,
+        served_model_name=served_model_name,
+        max_body_bytes=max_body_bytes,
+        vllm_metrics=vllm_metrics,
+        log_level=log_level,
+    )
+    sys.exit(asyncio.run(run(config, server)))
