@@ -207,8 +207,10 @@ def _draw(logits_SV: Tensor, rows: Sequence[SamplerRow]) -> list[int]:
         top_p_F = [rows[s].params.top_p for s in filtered]
         lowest_F = _lowest_kept(x_SV[filtered], top_k_F, top_p_F)
         lowest_S[filtered] = torch.maximum(lowest_S[filtered], lowest_F)
+    if filtered or any(row.params.min_p > 0 for row in rows):
+        x_SV.masked_fill_(x_SV < lowest_S[:, None], _NEVER)
 
-    weights_SV = x_SV.masked_fill_(x_SV < lowest_S[:, None], _NEVER).exp_()
+    weights_SV = x_SV.exp_()
     cdf_SV = weights_SV.cumsum(dim=-1, dtype=torch.float64)
     uniform_S1 = torch.tensor(
         [[uniform(row.seed, len(row.output_token_ids))] for row in rows],
@@ -240,14 +242,19 @@ def _lowest_kept(
         total_F1 = torch.where(top_k_F1 > width, all_F1, total_F1)
     top_p_F1 = torch.tensor(top_p, dtype=torch.float64, device=device)[:, None]
     wanted_F1 = total_F1 * top_p_F1
-    if width < vocab_size and bool(((top_k_F1 > width) & (mass_FK[:, -1:] < wanted_F1)).any()):
-        return _lowest_kept(x_FV, top_k, top_p, vocab_size)
-
     # A token stays while the tokens better than it have not reached the wanted mass.
     kept_FK = (mass_FK - weights_FK < wanted_F1) | (top_p_F1 == 1.0)
     kept_FK &= torch.arange(width, device=device) < top_k_F1
     last_F1 = (kept_FK.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    return values_FK.gather(1, last_F1).squeeze(1)
+    lowest_F = values_FK.gather(1, last_F1).squeeze(1)
+    if width < vocab_size:
+        unfinished = ((top_k_F1 > width) & (mass_FK[:, -1:] < wanted_F1)).squeeze(1)
+        again = unfinished.nonzero().squeeze(1).tolist()
+        if again:
+            lowest_F[again] = _lowest_kept(
+                x_FV[again], [top_k[f] for f in again], [top_p[f] for f in again], vocab_size
+            )
+    return lowest_F
 
 
 def _row_logprobs(
