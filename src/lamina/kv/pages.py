@@ -1,0 +1,179 @@
+"""Which page holds which tokens of which sequence. Pure bookkeeping: no tensors, no torch.
+
+Every executor owns one `PageAllocator`. Pages are handed out so that a sequence's tokens lie in as
+few contiguous runs as possible: attention reads a run without gathering it first. A sequence grows
+into the page after its last one while that is free; a run that must start elsewhere starts in the
+middle of the largest free gap, which leaves room to grow for it and for its neighbour.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+
+from lamina.attention.spec import AttentionSpec
+from lamina.errors import CapacityError
+from lamina.types import ceil_div
+
+
+def bytes_per_page(specs: Sequence[AttentionSpec], page_tokens: int, itemsize: int) -> int:
+    """Bytes of one page over all layers of `specs` (an executor's own heads).
+
+    Args:
+        page_tokens: tokens per page.
+        itemsize: bytes per element of the cache's dtype.
+    """
+    return page_tokens * itemsize * sum(spec.kv_elements_per_token() for spec in specs)
+
+
+class PageAllocator:
+    """Pages of `page_tokens` tokens, each free or owned by exactly one sequence.
+
+    Sequences are the engine's numbers. Not thread-safe: its executor's thread alone uses it.
+    """
+
+    def __init__(self, num_pages: int, page_tokens: int) -> None:
+        assert num_pages >= 0, "num_pages counts pages"
+        assert page_tokens >= 1, "a page holds at least one token"
+        self.num_pages = num_pages
+        self.page_tokens = page_tokens
+        self._pages: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+        # Free pages as sorted runs [start, stop) that do not touch; num_free caches their total.
+        self._free: list[tuple[int, int]] = [(0, num_pages)] if num_pages else []
+        self._num_free = num_pages
+
+    @property
+    def num_free(self) -> int:
+        return self._num_free
+
+    @property
+    def num_used(self) -> int:
+        return self.num_pages - self._num_free
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """The sequences known here, in the order in which they came."""
+        return tuple(self._pages)
+
+    def __contains__(self, sequence: int) -> bool:
+        return sequence in self._pages
+
+    def pages(self, sequence: int) -> list[int]:
+        """The sequence's pages in token order (a copy); empty for an unknown sequence."""
+        return list(self._pages.get(sequence, ()))
+
+    def length(self, sequence: int) -> int:
+        """Tokens of the sequence; 0 for an unknown sequence."""
+        return self._lengths.get(sequence, 0)
+
+    def resize(self, sequence: int, num_tokens: int) -> None:
+        """Truncate or extend a sequence to `num_tokens` tokens; an unknown one starts empty.
+
+        Raises:
+            CapacityError: too few free pages; nothing has changed.
+        """
+        assert num_tokens >= 0, "a length is not negative"
+        owned = self._pages.get(sequence, [])
+        missing = ceil_div(num_tokens, self.page_tokens) - len(owned)
+        if missing > self._num_free:
+            raise CapacityError(
+                f"sequence {sequence} needs {missing} more KV pages for {num_tokens} tokens, "
+                f"{self._num_free} of {self.num_pages} are free; give the attention worker more "
+                "memory or run fewer or shorter sequences"
+            )
+        self._pages[sequence] = owned
+        self._lengths[sequence] = num_tokens
+        if missing < 0:
+            dropped = owned[missing:]
+            del owned[missing:]
+            self._give_back(dropped)
+        while missing > 0:
+            start, stop = self._take_run(missing, after=owned[-1] if owned else None)
+            owned.extend(range(start, stop))
+            missing -= stop - start
+
+    def release(self, sequence: int) -> None:
+        """Free all pages of a sequence and forget it. Idempotent."""
+        self._lengths.pop(sequence, None)
+        self._give_back(self._pages.pop(sequence, []))
+
+    def check_integrity(self) -> list[str]:
+        """Everything that is wrong with the books, one sentence each; empty when they are sound."""
+        problems = []
+        owner: dict[int, str] = {}
+        claims = [(f"sequence {s}", page) for s, pages in self._pages.items() for page in pages]
+        claims += [("the free list", page) for run in self._free for page in range(*run)]
+        for who, page in claims:
+            if not 0 <= page < self.num_pages:
+                problems.append(f"{who} holds page {page}, which does not exist")
+            elif page in owner:
+                problems.append(f"page {page} is held by {owner[page]} and by {who}")
+            owner[page] = who
+        lost = [page for page in range(self.num_pages) if page not in owner]
+        if lost:
+            problems.append(f"{len(lost)} pages are neither owned nor free, the first is {lost[0]}")
+        if self._pages.keys() != self._lengths.keys():
+            problems.append("the sequences with pages are not the sequences with a length")
+        for sequence, length in self._lengths.items():
+            need, have = ceil_div(length, self.page_tokens), len(self._pages.get(sequence, ()))
+            if need != have:
+                problems.append(
+                    f"sequence {sequence} has {length} tokens and {have} pages, not {need}"
+                )
+        num_free = sum(stop - start for start, stop in self._free)
+        if num_free != self._num_free:
+            problems.append(f"{num_free} pages are free but {self._num_free} are counted as free")
+        if any(start >= stop for start, stop in self._free) or any(
+            left[1] >= right[0] for left, right in zip(self._free, self._free[1:], strict=False)
+        ):
+            problems.append(f"the free runs are empty, unsorted or touch: {self._free}")
+        return problems
+
+    def _take_run(self, wanted: int, after: int | None) -> tuple[int, int]:
+        """Remove up to `wanted` (at least one) contiguous pages from the free runs."""
+        if after is not None:
+            index = bisect_left(self._free, (after + 1, 0))
+            if index < len(self._free) and self._free[index][0] == after + 1:
+                run_start, run_stop = self._free[index]
+                return self._cut(index, run_start, min(run_start + wanted, run_stop))
+        index = max(range(len(self._free)), key=lambda i: self._free[i][1] - self._free[i][0])
+        run_start, run_stop = self._free[index]
+        size = min(wanted, run_stop - run_start)
+        # Nobody grows into a gap at the very start of the memory: no need to leave room there.
+        start = run_start + (run_stop - run_start - size) // 2 if run_start else 0
+        return self._cut(index, start, start + size)
+
+    def _cut(self, index: int, start: int, stop: int) -> tuple[int, int]:
+        run_start, run_stop = self._free[index]
+        rest = [(run_start, start), (stop, run_stop)]
+        self._free[index : index + 1] = [run for run in rest if run[0] < run[1]]
+        self._num_free -= stop - start
+        return start, stop
+
+    def _give_back(self, pages: list[int]) -> None:
+        for first, last in contiguous_runs(pages):
+            start, stop = first, last + 1
+            index = bisect_right(self._free, (start, stop))
+            if index < len(self._free) and self._free[index][0] == stop:
+                stop = self._free.pop(index)[1]
+            if index and self._free[index - 1][1] == start:
+                index -= 1
+                start = self._free.pop(index)[0]
+            self._free.insert(index, (start, stop))
+        self._num_free += len(pages)
+
+
+def contiguous_runs(pages: Sequence[int]) -> list[tuple[int, int]]:
+    """Split a list of pages where a page does not follow its predecessor.
+
+    Returns:
+        (first page, last page) of each run, in order: [4, 5, 6, 2] -> [(4, 6), (2, 2)].
+    """
+    runs: list[tuple[int, int]] = []
+    for page in pages:
+        if runs and runs[-1][1] + 1 == page:
+            runs[-1] = (runs[-1][0], page)
+        else:
+            runs.append((page, page))
+    return runs
