@@ -26,7 +26,7 @@ class ConfigError(LaminaError):
 
 
 class RequestError(LaminaError):
-    """A request is wrong. `field` is the name of the offending field, or None for the whole body."""
+    """A request is wrong. `field` names the offending field; None: the whole body."""
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
@@ -61,10 +61,14 @@ class EngineDead(LaminaError):
 
 
 class TransportError(LaminaError):
-    """Something went wrong between two processes. `peer` is the other side's name."""
+    """Something went wrong between two processes.
 
-    def __init__(self, message: str, *, peer: str) -> None:
-        super().__init__(f"{peer}: {message}")
+    `peer` is the other side's name, `reason` the message without it.
+    """
+
+    def __init__(self, reason: str, *, peer: str) -> None:
+        super().__init__(f"{peer}: {reason}")
+        self.reason = reason
         self.peer = peer
 
 

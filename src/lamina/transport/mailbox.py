@@ -1,22 +1,33 @@
 """The mailbox contract: the only way tensors cross a boundary.
 
 A mailbox is a buffer of fixed capacity at the receiver plus a sequence number, written by the
-sender: payload first, then the number. It keeps the last two messages (double buffering), so that
-a sender never waits for the reader of the previous one. A `Link` is the set of mailboxes between
-two peers over one connection.
+sender: payload first, then the number. It keeps two messages (double buffering): the one whose view
+the receiver holds and the next one, so that a sender never waits for the reader of the previous
+message. A `Link` is the set of mailboxes between two peers over one connection.
 
 Lifecycle: both ends open a link, prove themselves (transports that leave the process), then create
-the same mailboxes by id and capacity; afterwards nothing is allocated. Messages of one link arrive in
-the order in which they were posted, over all its mailboxes.
+the same mailboxes by id and capacity; afterwards nothing is allocated. Messages of one link arrive
+in the order in which they were posted, over all its mailboxes; a receiver waits for them in an
+order that leaves at most one unread message in any mailbox other than the one it waits for (more
+than that could never be received, and is a ProtocolMismatch or a DeadlineExceeded instead of a
+hang).
+
+Slots: message number k of a mailbox (counting arrivals) lies in slot k mod 2. A slot is written
+again only when its message was discarded or its view has ended; a view ends with the next `wait` on
+the same mailbox. While both slots are taken the receiver takes nothing more from the connection,
+and the sender's `post` blocks once the connection's own buffers are full.
 
 Sequence numbers of a mailbox strictly increase, gaps are fine. `wait(n)` discards messages with
 smaller numbers (left over from a step that was given up).
 
 Errors: PeerLost when the other side closed, died or was declared lost with `fail`;
 DeadlineExceeded when a wait passes its deadline; ProtocolMismatch when a message is larger than the
-mailbox, when a number that can no longer come is waited for (a greater one is there), or when
-bytes make no sense. After PeerLost or ProtocolMismatch the link stays failed: every later call
-raises the same error. DeadlineExceeded leaves the link usable.
+mailbox or of another length than asked for, when a number does not increase, when a number that can
+no longer come is waited for (a greater one is there), or when bytes make no sense. After PeerLost
+or ProtocolMismatch the link stays failed, on both sides: every later call raises the same error.
+Messages that arrived before the peer was lost can still be taken, except after `fail` and `close`.
+DeadlineExceeded from `wait` leaves the link usable; from `post` it fails the link (PeerLost),
+because a part of the message may be on its way.
 
 Threads: one thread posts and waits; `fail` and `close` may be called from any thread and wake it.
 """
@@ -39,7 +50,8 @@ class Outbox(ABC):
 
         Args:
             seq: greater than every number posted before.
-            parts: contiguous CPU tensors of any dtype; free to reuse when the call returns.
+            parts: contiguous CPU tensors of any dtype. The link may hand them to a receiver of the
+                same thread by reference: do not write to their memory after the call, drop them.
             deadline: `time.monotonic()` after which the call gives up. Blocks only while the
                 peer's buffers are full.
         """
@@ -51,12 +63,18 @@ class Inbox(ABC):
     capacity_bytes: int
 
     @abstractmethod
-    def wait(self, seq: int, deadline: float) -> torch.Tensor:
-        """Block until message number `seq` is here.
+    def wait(self, seq: int, deadline: float, *, num_bytes: int | None = None) -> torch.Tensor:
+        """Block until message number `seq` is here. Ends the validity of the view returned before.
+
+        Args:
+            num_bytes: the length that the payload must have; None: any. Another length is a
+                ProtocolMismatch.
+            deadline: `time.monotonic()` after which the call gives up; one in the past looks once.
 
         Returns:
-            Its payload, uint8 [num_bytes], a view of the mailbox's memory aligned to 64 bytes; valid
-            until the message after the next one arrives. The caller reinterprets it with `.view(dtype)`.
+            Its payload, uint8 [num_bytes], a view aligned to 64 bytes of memory that the mailbox
+            owns; valid until the next `wait` on this mailbox. The caller reinterprets it with
+            `.view(dtype)` and does not write to it.
         """
 
 
@@ -68,7 +86,7 @@ class Link(ABC):
 
     @abstractmethod
     def outbox(self, mailbox: int, capacity_bytes: int) -> Outbox:
-        """Create the sending end of mailbox number `mailbox`."""
+        """Create the sending end of mailbox number `mailbox` (1 to 65535)."""
 
     @abstractmethod
     def inbox(self, mailbox: int, capacity_bytes: int) -> Inbox:

@@ -32,7 +32,7 @@ PLAN_BASE_BYTES = 4096
 
 
 def message_number(step: int, layer: int, num_layers: int) -> int:
-    """Number of the Q, KV and OUT messages of attention layer `layer` in step `step` (both sides know it)."""
+    """Number of a layer's Q, KV and OUT messages in a step; both sides know it."""
     return step * num_layers + layer
 
 

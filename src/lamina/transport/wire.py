@@ -1,0 +1,187 @@
+"""What travels between processes, byte by byte: frames, hellos, addresses. Pure.
+
+Tensor channel (`tcp.py`), all integers little-endian:
+
+    frame    "LMNF" | version u16 | mailbox u16 | sequence number u64 | payload bytes u64 | payload
+    hello    "LMNH" | version u16 | lengths of secret, fingerprint, name: 3 x u16 | their bytes
+    welcome  "LMNW" | version u16 | status u16 | length of text u16 | text, zeros up to 1024
+
+The side that connects sends one hello, the listening side answers with one welcome whose text is
+its own name or the reason why it refuses. Frames follow in both directions.
+
+Control messages are in `control_messages.py`.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from lamina.errors import ConfigError, ProtocolMismatch
+
+PROTOCOL_VERSION = 1
+"""Of the tensor channel and the control messages together; both sides must run the same."""
+
+_FRAME_MAGIC = b"LMNF"
+_HELLO_MAGIC = b"LMNH"
+_WELCOME_MAGIC = b"LMNW"
+_FRAME = struct.Struct("<4sHHQQ")
+_PREFIX = struct.Struct("<4sH")
+_HELLO = struct.Struct("<4sHHHH")
+_WELCOME = struct.Struct("<4sHHH")
+
+FRAME_BYTES = _FRAME.size
+MAX_TEXT_BYTES = 1024
+"""Longest secret, fingerprint, name and reason of a hello or welcome."""
+WELCOME_BYTES = _WELCOME.size + MAX_TEXT_BYTES
+"""Size of every welcome: fixed, because frames may follow it at once."""
+_ACCEPTED = 0
+_REFUSED = 1
+
+
+class FrameHeader(NamedTuple):
+    """What precedes every payload."""
+
+    mailbox: int
+    seq: int
+    num_bytes: int
+
+
+class Hello(NamedTuple):
+    """The first message of the connecting side."""
+
+    secret: bytes
+    fingerprint: str
+    name: str
+
+
+class Welcome(NamedTuple):
+    """The answer of the listening side."""
+
+    accepted: bool
+    text: str
+    """The listener's name, or the reason of its refusal."""
+
+
+def pack_frame_header(mailbox: int, seq: int, num_bytes: int) -> bytes:
+    """The `FRAME_BYTES` bytes ahead of a payload."""
+    return _FRAME.pack(_FRAME_MAGIC, PROTOCOL_VERSION, mailbox, seq, num_bytes)
+
+
+def unpack_frame_header(data: bytes | bytearray | memoryview, peer: str) -> FrameHeader:
+    """The inverse. ProtocolMismatch: wrong length, magic or version."""
+    if len(data) != FRAME_BYTES:
+        raise ProtocolMismatch(f"a frame header of {len(data)} bytes", peer=peer)
+    magic, version, mailbox, seq, num_bytes = _FRAME.unpack(data)
+    _check_prefix(magic, version, _FRAME_MAGIC, "frame", peer)
+    return FrameHeader(mailbox, seq, num_bytes)
+
+
+def pack_hello(hello: Hello) -> bytes:
+    """The bytes of a hello; ConfigError when a part is too long."""
+    parts = [hello.secret, hello.fingerprint.encode(), hello.name.encode()]
+    for what, part in zip(Hello._fields, parts, strict=True):
+        if len(part) > MAX_TEXT_BYTES:
+            raise ConfigError(f"{what} has {len(part)} bytes, at most {MAX_TEXT_BYTES} are allowed")
+    head = _HELLO.pack(_HELLO_MAGIC, PROTOCOL_VERSION, *(len(part) for part in parts))
+    return head + b"".join(parts)
+
+
+def unpack_hello(data: bytes | bytearray, peer: str) -> Hello | None:
+    """The hello that `data` holds; None while bytes are missing.
+
+    Raises:
+        ProtocolMismatch: these bytes cannot become a hello, or more follow it.
+    """
+    if not _head_complete(data, _HELLO, _HELLO_MAGIC, "hello", peer):
+        return None
+    lengths = _HELLO.unpack_from(data)[2:]
+    if max(lengths) > MAX_TEXT_BYTES:
+        raise ProtocolMismatch(f"a hello with a part of {max(lengths)} bytes", peer=peer)
+    missing = _HELLO.size + sum(lengths) - len(data)
+    if missing > 0:
+        return None
+    if missing < 0:
+        raise ProtocolMismatch("bytes after its hello, before the welcome", peer=peer)
+    fingerprint_at = _HELLO.size + lengths[0]
+    name_at = fingerprint_at + lengths[1]
+    return Hello(
+        bytes(data[_HELLO.size : fingerprint_at]),
+        _decode(data[fingerprint_at:name_at], "hello", peer),
+        _decode(data[name_at:], "hello", peer),
+    )
+
+
+def pack_welcome(welcome: Welcome) -> bytes:
+    """The bytes of a welcome; the text is cut to `MAX_TEXT_BYTES`."""
+    text = welcome.text.encode()[:MAX_TEXT_BYTES].decode(errors="ignore").encode()
+    status = _ACCEPTED if welcome.accepted else _REFUSED
+    head = _WELCOME.pack(_WELCOME_MAGIC, PROTOCOL_VERSION, status, len(text))
+    return (head + text).ljust(WELCOME_BYTES, b"\0")
+
+
+def unpack_welcome(data: bytes | bytearray, peer: str) -> Welcome | None:
+    """The welcome that `data` holds; None while fewer than `WELCOME_BYTES` are there.
+
+    Raises:
+        ProtocolMismatch: these bytes cannot become a welcome.
+    """
+    if not _head_complete(data, _WELCOME, _WELCOME_MAGIC, "welcome", peer):
+        return None
+    _, _, status, length = _WELCOME.unpack_from(data)
+    if status not in (_ACCEPTED, _REFUSED) or length > MAX_TEXT_BYTES:
+        raise ProtocolMismatch(f"a welcome with status {status}, length {length}", peer=peer)
+    if len(data) < WELCOME_BYTES:
+        return None
+    text = bytes(data[_WELCOME.size : _WELCOME.size + length])
+    return Welcome(status == _ACCEPTED, _decode(text, "welcome", peer))
+
+
+def parse_address(text: str, field: str = "address") -> tuple[str, int]:
+    """`host:port` or `[ipv6]:port` -> host and port; ConfigError names `field`."""
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        colon = ""
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{field} must look like host:port or [ipv6]:port, got {text!r}")
+    return host, int(port)
+
+
+def format_address(host: str, port: int) -> str:
+    """The inverse of `parse_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _head_complete(
+    data: bytes | bytearray, head: struct.Struct, magic: bytes, what: str, peer: str
+) -> bool:
+    """Whether the fixed part is there; its magic and version are checked as soon as they are."""
+    if not magic.startswith(bytes(data[: len(magic)])):
+        raise ProtocolMismatch(f"not a Lamina peer: its {what} starts with other bytes", peer=peer)
+    if len(data) < _PREFIX.size:
+        return False
+    found, version = _PREFIX.unpack_from(data)
+    _check_prefix(found, version, magic, what, peer)
+    return len(data) >= head.size
+
+
+def _check_prefix(magic: bytes, version: int, want: bytes, what: str, peer: str) -> None:
+    if magic != want:
+        raise ProtocolMismatch(
+            f"a {what} that starts with {magic!r} instead of {want!r}", peer=peer
+        )
+    if version != PROTOCOL_VERSION:
+        raise ProtocolMismatch(
+            f"speaks protocol version {version}, this side {PROTOCOL_VERSION}; "
+            "run the same Lamina version on both sides",
+            peer=peer,
+        )
+
+
+def _decode(text: bytes | bytearray, what: str, peer: str) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ProtocolMismatch(f"a {what} that is not UTF-8", peer=peer) from error
