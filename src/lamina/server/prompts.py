@@ -59,7 +59,12 @@ class PromptReader:
     async def decode(self, token_ids: Sequence[int], field: str, *, skip_special: bool) -> str:
         self._check_ids(token_ids, field)
         decode = self._need_tokenizer(field).decode
-        text = await asyncio.to_thread(decode, token_ids, skip_special_tokens=skip_special)
+        text = await asyncio.to_thread(
+            decode,
+            list(token_ids),
+            skip_special_tokens=skip_special,
+            clean_up_tokenization_spaces=False,
+        )
         return str(text)
 
     def token_strs(self, token_ids: Sequence[int]) -> list[str]:
@@ -71,7 +76,10 @@ class PromptReader:
 
     def special_ids(self) -> frozenset[int]:
         """Tokens that `skip_special_tokens` leaves out of texts."""
-        return frozenset(self._tokenizer.all_special_ids if self._tokenizer is not None else ())
+        if self._tokenizer is None:
+            return frozenset()
+        added = self._tokenizer.added_tokens_decoder
+        return frozenset(token_id for token_id, token in added.items() if token.special)
 
     async def _one(self, prompt: str | Sequence[int]) -> Prompt:
         if isinstance(prompt, str):
@@ -122,7 +130,7 @@ class PromptReader:
                 continue_final_message=proceed,
                 **extra,
             )
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
+        except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise RequestError(
                 f"messages: the model's chat template refuses them: {error}", "messages"
             ) from error

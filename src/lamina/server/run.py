@@ -7,8 +7,9 @@ import contextlib
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -20,7 +21,7 @@ from lamina.server.contract import ServingEngine
 from lamina.server.serving import Serving
 from lamina.server.settings import ServerConfig
 
-StartEngine = Callable[[EngineConfig], Awaitable[ServingEngine]]
+StartEngine = Callable[[EngineConfig], Coroutine[Any, Any, ServingEngine]]
 
 _CLOSE_TIMEOUT_S = 5
 """After all answers have ended: how long connections may take to close."""
@@ -45,10 +46,9 @@ async def serve(
         LaminaError: the engine cannot start; everything is closed again.
     """
     with contextlib.closing(listen(server.host, server.port)) as listener, _signals() as stop:
-        starting = asyncio.ensure_future((start_engine or _start_engine)(config))
-        if not await _first(starting, stop):
+        engine = await _started((start_engine or _start_engine)(config), stop)
+        if engine is None:
             return 0
-        engine = starting.result()
         name = server.served_model_name or Path(config.model).name
         app = create_app(
             engine,
@@ -136,17 +136,17 @@ def _signals() -> Iterator[_Stop]:
             loop.remove_signal_handler(number)
 
 
-async def _first(starting: asyncio.Future[ServingEngine], stop: _Stop) -> bool:
-    """Whether the engine is ready before a signal comes; else its start is cancelled."""
+async def _started(start: Coroutine[Any, Any, ServingEngine], stop: _Stop) -> ServingEngine | None:
+    """The engine once it is ready; None if a signal came first and cancelled the start."""
+    starting = asyncio.create_task(start)
     stopped = asyncio.create_task(stop.now.wait())
     try:
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        return starting.result() if starting.done() else None
     finally:
+        starting.cancel()
         stopped.cancel()
-        if not starting.done():
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
-    return not starting.cancelled()
+        await asyncio.gather(starting, stopped, return_exceptions=True)
 
 
 class _HttpServer(uvicorn.Server):
