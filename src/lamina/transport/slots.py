@@ -5,6 +5,7 @@ Not locked; the transport says which thread touches it when.
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 
 import torch
@@ -19,6 +20,15 @@ def as_bytes(part: torch.Tensor) -> torch.Tensor:
     """A contiguous CPU tensor of any dtype as uint8 [num_bytes], without a copy."""
     assert part.is_contiguous(), "only contiguous tensors can be posted: call .contiguous() first"
     return part.detach().reshape(-1).view(torch.uint8)
+
+
+def raw_memory(part: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
+    """The memory of a contiguous CPU tensor as a buffer; the caller keeps the tensor alive.
+
+    The way through numpy knows no bfloat16 and takes six times as long.
+    """
+    assert part.is_contiguous(), "only contiguous tensors can be posted: call .contiguous() first"
+    return (ctypes.c_char * part.nbytes).from_address(part.data_ptr())
 
 
 class MailboxSlots:

@@ -21,7 +21,7 @@ import torch
 from lamina.errors import DeadlineExceeded, PeerLost, ProtocolMismatch, TransportError
 from lamina.transport.failure import Failure
 from lamina.transport.mailbox import Inbox, Link, Outbox
-from lamina.transport.slots import MailboxSlots, as_bytes
+from lamina.transport.slots import MailboxSlots, raw_memory
 from lamina.transport.wire import FRAME_BYTES, FrameHeader, pack_frame_header, unpack_frame_header
 
 
@@ -66,11 +66,10 @@ class TcpLink(Link):
             self._socket.close()
             self._boxes.clear()
 
-    def post(self, header: bytes, pieces: list[torch.Tensor], deadline: float) -> None:
-        """Send a frame; `Outbox.post` without the checks."""
+    def post(self, buffers: list[Any], deadline: float) -> None:
+        """Send a frame, header and payload; `Outbox.post` without the checks."""
         with self._in_use:
             self._failure.check()
-            buffers: list[Any] = [header, *(piece.numpy() for piece in pieces)]
             num_left = sum(map(len, buffers)) - self._send(buffers)
             if num_left:
                 try:
@@ -105,7 +104,7 @@ class TcpLink(Link):
 
     def _post_rest(self, buffers: list[Any], num_left: int, deadline: float) -> None:
         """Send the last `num_left` bytes of `buffers` to a socket that is full."""
-        views = [memoryview(buffer) for buffer in buffers]
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
         while num_left:
             self._wait_until_writable(deadline)
             skip = sum(map(len, views)) - num_left
@@ -218,8 +217,8 @@ class _TcpOutbox(Outbox):
         self._mailbox = mailbox
 
     def post(self, seq: int, *parts: torch.Tensor, deadline: float) -> None:
-        pieces = [as_bytes(part) for part in parts]
-        num_bytes = sum(piece.shape[0] for piece in pieces)
+        pieces = [raw_memory(part) for part in parts]
+        num_bytes = sum(map(len, pieces))
         if num_bytes > self.capacity_bytes:
             raise self._link.broken(
                 ProtocolMismatch(
@@ -228,8 +227,7 @@ class _TcpOutbox(Outbox):
                     peer=self._link.peer,
                 )
             )
-        header = pack_frame_header(self._mailbox, seq, num_bytes)
-        self._link.post(header, pieces, deadline)
+        self._link.post([pack_frame_header(self._mailbox, seq, num_bytes), *pieces], deadline)
 
 
 class _TcpInbox(Inbox):

@@ -1,0 +1,467 @@
+"""What every transport promises (`lamina.transport.mailbox`), tried on each of them."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+import torch
+
+from lamina.errors import DeadlineExceeded, PeerLost, ProtocolMismatch, TransportError
+from lamina.transport.faulty import FaultyLink
+from lamina.transport.inproc import inproc_pair
+from lamina.transport.mailbox import Inbox, Link, Outbox
+from lamina.transport.tcp import TcpListener, connect
+
+SECRET = bytes(range(32))
+SIZE = 4096
+Pair = tuple[Link, Link]
+
+
+def soon(seconds: float = 10.0) -> float:
+    return time.monotonic() + seconds
+
+
+def tcp_pair() -> Pair:
+    listener = TcpListener(name="a")
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(connect, listener.address, SECRET, "print", "b", soon())
+            accepted = listener.accept({SECRET: ("b", "print")}, soon())
+            return accepted, future.result()
+    finally:
+        listener.close()
+
+
+def faulty(make: Callable[[], Pair]) -> Callable[[], Pair]:
+    def pair() -> Pair:
+        a, b = make()
+        return FaultyLink(a), FaultyLink(b)
+
+    return pair
+
+
+TRANSPORTS: dict[str, Callable[[], Pair]] = {
+    "inproc": lambda: inproc_pair("a", "b"),
+    "tcp": tcp_pair,
+    "faulty-inproc": faulty(lambda: inproc_pair("a", "b")),
+    "faulty-tcp": faulty(tcp_pair),
+}
+
+
+@pytest.fixture(params=TRANSPORTS)
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    a, b = TRANSPORTS[request.param]()
+    yield a, b
+    a.close()
+    b.close()
+
+
+@pytest.fixture
+def box(pair: Pair) -> tuple[Outbox, Inbox]:
+    """Mailbox 1, from a to b."""
+    a, b = pair
+    return a.outbox(1, SIZE), b.inbox(1, SIZE)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as executor:
+        yield executor
+
+
+def message(number: int, num_bytes: int = 64) -> torch.Tensor:
+    return torch.full((num_bytes,), number % 251, dtype=torch.uint8)
+
+
+def post_many(
+    outbox: Outbox, payload: torch.Tensor, deadline: Callable[[], float], *, pause_s: float = 0.0
+) -> None:
+    """Post until it fails, as nobody reads."""
+    for number in range(1, 100):
+        outbox.post(number, payload, deadline=deadline())
+        time.sleep(pause_s)
+
+
+def test_peers_know_each_others_names(pair: Pair) -> None:
+    assert (pair[0].peer, pair[1].peer) == ("b", "a")
+
+
+def test_payload_of_several_parts_arrives_byte_by_byte(box: tuple[Outbox, Inbox]) -> None:
+    outbox, inbox = box
+    k = torch.randn(3, 4, 5).bfloat16()
+    v = torch.arange(7, dtype=torch.int64)
+    scalar = torch.tensor(2.5)
+    outbox.post(7, k, v, scalar, torch.empty(0, 8), deadline=soon())
+
+    payload = inbox.wait(7, soon(), num_bytes=k.nbytes + v.nbytes + 4)
+
+    assert payload.dtype == torch.uint8
+    assert torch.equal(payload[: k.nbytes].view(torch.bfloat16).view(3, 4, 5), k)
+    assert torch.equal(payload[k.nbytes : k.nbytes + v.nbytes].clone().view(torch.int64), v)
+    assert payload[-4:].clone().view(torch.float32).item() == 2.5
+
+
+def test_views_are_aligned(box: tuple[Outbox, Inbox]) -> None:
+    outbox, inbox = box
+    for number, start in enumerate((0, 1, 8, 63), start=1):
+        outbox.post(number, message(number, 128)[start:], deadline=soon())
+        view = inbox.wait(number, soon())
+        assert view.data_ptr() % 64 == 0
+        assert view.tolist() == [number] * (128 - start)
+
+
+def test_empty_and_full_messages(box: tuple[Outbox, Inbox]) -> None:
+    outbox, inbox = box
+    outbox.post(1, deadline=soon())
+    outbox.post(2, message(2, SIZE), deadline=soon())
+    assert inbox.wait(1, soon(), num_bytes=0).shape == (0,)
+    assert inbox.wait(2, soon(), num_bytes=SIZE).tolist() == [2] * SIZE
+
+
+def test_sender_may_be_two_messages_ahead(box: tuple[Outbox, Inbox]) -> None:
+    outbox, inbox = box
+    outbox.post(1, message(1), deadline=soon(1))
+    outbox.post(2, message(2), deadline=soon(1))
+    assert inbox.wait(1, soon())[0] == 1
+    assert inbox.wait(2, soon())[0] == 2
+
+
+def test_a_view_survives_whatever_the_sender_posts(
+    pair: Pair, box: tuple[Outbox, Inbox], pool: ThreadPoolExecutor
+) -> None:
+    outbox, inbox = box
+    other = pair[0].inbox(2, SIZE), pair[1].outbox(2, SIZE)
+    num_messages = 20
+
+    def send() -> None:
+        for number in range(1, num_messages + 1):
+            outbox.post(number, message(number, SIZE), deadline=soon())
+
+    sending = pool.submit(send)
+    for number in range(1, num_messages + 1):
+        view = inbox.wait(number, soon())
+        # Posting lets a transport read what has come meanwhile.
+        other[1].post(number, message(0), deadline=soon())
+        other[0].wait(number, soon())
+        time.sleep(0.002)
+        assert view.tolist() == [number] * SIZE
+    sending.result()
+
+
+def test_mailboxes_of_a_link_do_not_mix(pair: Pair) -> None:
+    a, b = pair
+    outboxes = {m: a.outbox(m, SIZE) for m in (1, 2, 3)}
+    inboxes = {m: b.inbox(m, SIZE) for m in (1, 2, 3)}
+    for mailbox, outbox in outboxes.items():
+        outbox.post(5, message(mailbox, 10 * mailbox), deadline=soon())
+    for mailbox in (3, 1, 2):
+        assert inboxes[mailbox].wait(5, soon()).tolist() == [mailbox] * 10 * mailbox
+
+
+def test_wait_discards_smaller_numbers_and_accepts_gaps(
+    box: tuple[Outbox, Inbox], pool: ThreadPoolExecutor
+) -> None:
+    outbox, inbox = box
+    numbers = (3, 10, 11, 40, 1000)
+
+    def send() -> None:
+        for number in numbers:
+            outbox.post(number, message(number), deadline=soon())
+
+    sending = pool.submit(send)
+    assert inbox.wait(40, soon())[0] == 40
+    assert inbox.wait(1000, soon())[0] == 1000 % 251
+    sending.result()
+
+
+def test_number_that_can_no_longer_come(pair: Pair, box: tuple[Outbox, Inbox]) -> None:
+    outbox, inbox = box
+    outbox.post(5, message(5), deadline=soon())
+    with pytest.raises(ProtocolMismatch, match=r"message 4 .* can no longer come"):
+        inbox.wait(4, soon())
+    with pytest.raises(ProtocolMismatch, match="can no longer come"):
+        inbox.wait(6, soon())
+
+
+def test_a_message_is_taken_once(box: tuple[Outbox, Inbox]) -> None:
+    outbox, inbox = box
+    outbox.post(5, message(5), deadline=soon())
+    inbox.wait(5, soon())
+    with pytest.raises(ProtocolMismatch):
+        inbox.wait(5, soon())
+
+
+def test_numbers_must_increase(box: tuple[Outbox, Inbox], pool: ThreadPoolExecutor) -> None:
+    outbox, inbox = box
+    outbox.post(5, message(5), deadline=soon())
+    inbox.wait(5, soon())
+    waiting = pool.submit(inbox.wait, 6, soon())
+    with contextlib.suppress(ProtocolMismatch):  # a transport without a wire sees it at once
+        outbox.post(5, message(5), deadline=soon())
+    with pytest.raises(ProtocolMismatch, match="increase"):
+        waiting.result()
+
+
+def test_wrong_length_is_a_mismatch_on_both_ends(pair: Pair, box: tuple[Outbox, Inbox]) -> None:
+    outbox, inbox = box
+    answers = pair[0].inbox(2, SIZE)
+    outbox.post(1, message(1, 100), deadline=soon())
+    with pytest.raises(ProtocolMismatch, match="100 bytes, 101 were expected"):
+        inbox.wait(1, soon(), num_bytes=101)
+    with pytest.raises(PeerLost):
+        answers.wait(1, soon())
+
+
+def test_message_larger_than_the_outbox(pair: Pair, box: tuple[Outbox, Inbox]) -> None:
+    with pytest.raises(ProtocolMismatch, match=f"{SIZE + 1} bytes"):
+        box[0].post(1, message(1, SIZE), message(1, 1), deadline=soon())
+    with pytest.raises(ProtocolMismatch, match=f"{SIZE + 1} bytes"):
+        box[0].post(2, message(1), deadline=soon())
+
+
+def test_message_larger_than_the_inbox(pair: Pair) -> None:
+    outbox, inbox = pair[0].outbox(1, 2 * SIZE), pair[1].inbox(1, SIZE)
+    with contextlib.suppress(ProtocolMismatch):  # a transport without a wire sees it at once
+        outbox.post(1, message(1, SIZE + 1), deadline=soon())
+    with pytest.raises(ProtocolMismatch, match="agree on the capacities"):
+        inbox.wait(1, soon())
+
+
+def test_deadline_of_a_wait_leaves_the_link_usable(box: tuple[Outbox, Inbox]) -> None:
+    outbox, inbox = box
+    start = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=r"a: .*message 1 of mailbox 1"):
+        inbox.wait(1, soon(0.1))
+    assert 0.1 <= time.monotonic() - start < 1.0
+    outbox.post(1, message(1), deadline=soon())
+    assert inbox.wait(1, soon())[0] == 1
+
+
+def test_deadline_in_the_past_looks_once(box: tuple[Outbox, Inbox]) -> None:
+    outbox, inbox = box
+    with pytest.raises(DeadlineExceeded):
+        inbox.wait(1, soon(-1))
+    outbox.post(1, message(1), deadline=soon())
+    inbox.wait(1, soon())
+    outbox.post(2, message(2), deadline=soon())
+    time.sleep(0.05)
+    assert inbox.wait(2, soon(-1))[0] == 2
+
+
+def test_deadline_of_a_post_fails_the_link(pair: Pair) -> None:
+    size = 16 << 20
+    a, b = pair
+    outbox, inbox = a.outbox(1, size), b.inbox(1, size)
+    big = message(1, size)
+    with pytest.raises(DeadlineExceeded, match="did not take"):
+        post_many(outbox, big, lambda: soon(0.1))
+    with pytest.raises(PeerLost):
+        outbox.post(100, message(1), deadline=soon())
+    with pytest.raises(PeerLost):
+        [inbox.wait(number, soon()) for number in range(1, 10)]
+
+
+def test_close_is_seen_by_the_peer_and_idempotent(pair: Pair, box: tuple[Outbox, Inbox]) -> None:
+    a, b = pair
+    back = b.outbox(2, SIZE)
+    a.close()
+    a.close()
+    start = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(PeerLost, match=r"^a: "):
+            box[1].wait(1, soon())
+    with pytest.raises(PeerLost):
+        back.post(1, message(1), deadline=soon())
+    assert time.monotonic() - start < 1.0
+    with pytest.raises(PeerLost, match="this end"):
+        box[0].post(1, message(1), deadline=soon())
+
+
+def test_messages_that_came_before_the_peer_went_are_not_lost(
+    pair: Pair, box: tuple[Outbox, Inbox]
+) -> None:
+    box[0].post(1, message(1), deadline=soon())
+    box[0].post(2, message(2), deadline=soon())
+    pair[0].close()
+    assert box[1].wait(1, soon())[0] == 1
+    assert box[1].wait(2, soon())[0] == 2
+    with pytest.raises(PeerLost):
+        box[1].wait(3, soon())
+
+
+def blocked(pool: ThreadPoolExecutor, call: Callable[[], object]) -> Future[float]:
+    """Run `call` in a thread until it raises a transport error; when that was."""
+
+    def run() -> float:
+        with pytest.raises(TransportError):
+            call()
+        return time.monotonic()
+
+    future = pool.submit(run)
+    time.sleep(0.1)
+    assert not future.done()
+    return future
+
+
+@pytest.mark.parametrize("how", ["fail", "close", "peer closes"])
+def test_a_blocked_wait_is_woken(
+    pair: Pair, box: tuple[Outbox, Inbox], pool: ThreadPoolExecutor, how: str
+) -> None:
+    a, b = pair
+    future = blocked(pool, lambda: box[1].wait(1, soon()))
+    start = time.monotonic()
+    {"fail": lambda: b.fail("no heartbeat"), "close": b.close, "peer closes": a.close}[how]()
+    assert future.result(timeout=5) - start < 0.1
+    with pytest.raises(PeerLost, match="no heartbeat" if how == "fail" else None):
+        box[1].wait(1, soon())
+    with pytest.raises(PeerLost):  # a sender may notice late
+        post_many(box[0], message(1), soon, pause_s=0.01)
+
+
+@pytest.mark.parametrize("how", ["fail", "close", "peer closes"])
+def test_a_blocked_post_is_woken(pair: Pair, pool: ThreadPoolExecutor, how: str) -> None:
+    a, b = pair
+    size = 8 << 20
+    outbox = a.outbox(1, size)
+    b.inbox(1, size)
+
+    future = blocked(pool, lambda: post_many(outbox, message(1, size), soon))
+    start = time.monotonic()
+    {"fail": lambda: a.fail("gone"), "close": a.close, "peer closes": b.close}[how]()
+    assert future.result(timeout=5) - start < 0.5
+
+
+def test_fail_wins_over_messages_that_are_there(pair: Pair, box: tuple[Outbox, Inbox]) -> None:
+    box[0].post(1, message(1), deadline=soon())
+    pair[1].fail("declared dead")
+    with pytest.raises(PeerLost, match="a: declared dead"):
+        box[1].wait(1, soon())
+    pair[1].fail("another reason")
+    with pytest.raises(PeerLost, match="a: declared dead"):
+        box[1].wait(1, soon())
+
+
+def test_both_sides_may_post_large_messages_at_once(pair: Pair, pool: ThreadPoolExecutor) -> None:
+    size = 24 << 20
+    a, b = pair
+    ends = [(a.outbox(1, size), a.inbox(2, size)), (b.outbox(2, size), b.inbox(1, size))]
+
+    def exchange(outbox: Outbox, inbox: Inbox, value: int) -> int:
+        for number in (1, 2):
+            outbox.post(number, message(value, size), deadline=soon(20))
+        return sum(int(inbox.wait(n, soon(20), num_bytes=size).sum()) for n in (1, 2))
+
+    first = pool.submit(exchange, *ends[0], 1)
+    second = pool.submit(exchange, *ends[1], 3)
+    assert (first.result(), second.result()) == (6 * size, 2 * size)
+
+
+def test_many_small_messages(box: tuple[Outbox, Inbox], pool: ThreadPoolExecutor) -> None:
+    outbox, inbox = box
+    num_messages = 20_000
+    payload = torch.arange(16, dtype=torch.int64)
+
+    def send() -> None:
+        for number in range(1, num_messages + 1):
+            outbox.post(number, payload + number, deadline=soon())
+
+    sending = pool.submit(send)
+    for number in range(1, num_messages + 1):
+        view = inbox.wait(number, soon(), num_bytes=128)
+        assert int(view.view(torch.int64)[15]) == number + 15
+    sending.result()
+
+
+def test_two_way_traffic_over_several_mailboxes(pair: Pair, pool: ThreadPoolExecutor) -> None:
+    """As in a step: q and kv of two micro-batches go out before the first answer is read."""
+    a, b = pair
+    q_out, kv_out, out_in = a.outbox(2, SIZE), a.outbox(3, SIZE), a.inbox(4, SIZE)
+    q_in, kv_in, out_out = b.inbox(2, SIZE), b.inbox(3, SIZE), b.outbox(4, SIZE)
+    num_messages = 500
+
+    def serve() -> None:
+        for number in range(1, num_messages + 1):
+            q = q_in.wait(number, soon(), num_bytes=100)
+            kv = kv_in.wait(number, soon(), num_bytes=300)
+            out_out.post(number, kv[:100] + q, deadline=soon())
+
+    serving = pool.submit(serve)
+    for number in range(1, num_messages + 1, 2):
+        for n in (number, number + 1):
+            q_out.post(n, message(n % 50, 100), deadline=soon())
+            kv_out.post(n, message(n % 70, 100), message(0, 200), deadline=soon())
+        for n in (number, number + 1):
+            view = out_in.wait(n, soon(), num_bytes=100)
+            assert view.tolist() == [n % 50 + n % 70] * 100
+    serving.result()
+
+
+def test_third_unread_message_in_front_does_not_hang(
+    pair: Pair, box: tuple[Outbox, Inbox], pool: ThreadPoolExecutor
+) -> None:
+    """The sender ran ahead in one mailbox; what the receiver waits for could never be reached."""
+    a, b = pair
+    second = a.outbox(2, SIZE)
+    waited_for = b.inbox(2, SIZE)
+
+    def send() -> None:
+        for number in (1, 2, 3):
+            box[0].post(number, message(1), deadline=soon(0.3))
+        second.post(1, message(1), deadline=soon(0.3))
+
+    sending = pool.submit(send)
+    with pytest.raises(TransportError):
+        waited_for.wait(1, soon(0.6))
+    assert isinstance(sending.exception(), DeadlineExceeded | None)
+
+
+def test_link_can_be_closed_while_its_thread_waits(
+    pair: Pair, box: tuple[Outbox, Inbox], pool: ThreadPoolExecutor
+) -> None:
+    waiting = blocked(pool, lambda: box[1].wait(1, soon()))
+    closers = [threading.Thread(target=pair[1].close) for _ in range(4)]
+    for thread in closers:
+        thread.start()
+    for thread in closers:
+        thread.join(5)
+        assert not thread.is_alive()
+    waiting.result(timeout=1)
+
+
+_CHILD = """
+import sys, time, torch
+from lamina.transport.tcp import connect
+link = connect(sys.argv[1], bytes(range(32)), "print", "child", time.monotonic() + 30)
+inbox, outbox = link.inbox(1, 64), link.outbox(2, 64)
+outbox.post(1, inbox.wait(1, time.monotonic() + 30), deadline=time.monotonic() + 30)
+time.sleep(60)
+"""
+
+
+def test_killed_process_is_noticed_at_once(pool: ThreadPoolExecutor) -> None:
+    listener = TcpListener()
+    child = subprocess.Popen([sys.executable, "-c", _CHILD, listener.address])
+    try:
+        link = listener.accept({SECRET: ("child", "print")}, soon(60))
+        outbox, inbox = link.outbox(1, 64), link.inbox(2, 64)
+        outbox.post(1, message(9), deadline=soon())
+        assert inbox.wait(1, soon(30), num_bytes=64).tolist() == [9] * 64
+
+        future = blocked(pool, lambda: inbox.wait(2, soon(30)))
+        start = time.monotonic()
+        child.kill()
+        assert future.result(timeout=10) - start < 1.0
+        with pytest.raises(PeerLost, match=r"^child: "):
+            inbox.wait(2, soon(30))
+        link.close()
+    finally:
+        child.kill()
+        child.wait()
+        listener.close()
