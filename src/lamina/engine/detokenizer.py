@@ -111,16 +111,23 @@ def _longest_beginning(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def describe_logprobs(tokenizer: Tokenizer, entry: TokenLogprobs) -> TokenLogprob:
-    """Add the tokens' own text and bytes to the engine's log-probabilities."""
+def describe_logprobs(tokenizer: Tokenizer | None, entry: TokenLogprobs) -> TokenLogprob:
+    """Add the tokens' own text and bytes to the engine's log-probabilities.
+
+    Without a tokenizer both are empty.
+    """
+
+    def spell(token_id: int) -> tuple[str, bytes]:
+        if tokenizer is None:
+            return "", b""
+        return tokenizer.token_text(token_id), tokenizer.token_bytes(token_id)
+
+    token, utf8 = spell(entry.token_id)
     return TokenLogprob(
         token_id=entry.token_id,
-        token=tokenizer.token_text(entry.token_id),
-        utf8=tokenizer.token_bytes(entry.token_id),
+        token=token,
+        utf8=utf8,
         logprob=entry.logprob,
         rank=entry.rank,
-        top=tuple(
-            (token_id, tokenizer.token_text(token_id), tokenizer.token_bytes(token_id), logprob)
-            for token_id, logprob in entry.top
-        ),
+        top=tuple((token_id, *spell(token_id), logprob) for token_id, logprob in entry.top),
     )

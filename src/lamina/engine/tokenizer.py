@@ -39,8 +39,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 class Tokenizer:
     """A transformers tokenizer with the few operations that serving needs.
 
-    None of them blocks for long or changes the tokenizer; the methods are not meant to be called
-    by several threads at once. `hf` is the transformers tokenizer itself.
+    No method changes the tokenizer, so several threads may share it. `hf` is the transformers
+    tokenizer itself.
     """
 
     def __init__(self, hf_tokenizer: Any) -> None:
