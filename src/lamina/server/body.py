@@ -17,6 +17,8 @@ from starlette.types import Receive, Scope, Send
 from lamina.errors import RequestError
 from lamina.server.errors import ApiError
 
+BODY_TIMEOUT_S = 60.0
+"""How long a client may take to send its body."""
 LINGER_S = 2.0
 """How long the rest of a refused body is thrown away, so that the client can read the answer."""
 
@@ -40,17 +42,29 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
 
     Raises:
         BodyTooLarge: the announced or the received length is over the limit.
+        ApiError: (408) the body did not arrive within `BODY_TIMEOUT_S`.
         ClientDisconnect: the client went away.
     """
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit_bytes:
         raise BodyTooLarge(limit_bytes)
     body = bytearray()
-    async with contextlib.aclosing(request.stream()) as pieces:
-        async for piece in pieces:
-            body += piece
-            if len(body) > limit_bytes:
-                raise BodyTooLarge(limit_bytes)
+    try:
+        async with (
+            asyncio.timeout(BODY_TIMEOUT_S),
+            contextlib.aclosing(request.stream()) as pieces,
+        ):
+            async for piece in pieces:
+                body += piece
+                if len(body) > limit_bytes:
+                    raise BodyTooLarge(limit_bytes)
+    except TimeoutError:
+        raise ApiError(
+            408,
+            f"the request body did not arrive within {BODY_TIMEOUT_S:g} s",
+            code="request_timeout",
+            headers={"connection": "close"},
+        ) from None
     return bytes(body)
 
 

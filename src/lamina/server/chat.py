@@ -28,7 +28,7 @@ from lamina.server.responses import (
     new_id,
     now,
 )
-from lamina.server.serving import Serving
+from lamina.server.serving import Job, Serving
 from lamina.server.streaming import event_stream, while_connected
 from lamina.types import SamplingParams
 
@@ -72,11 +72,10 @@ class _Answer:
         self._id = new_id("chatcmpl")
         self._created = now()
         self._num_generated = 0
-        self._started: set[int] = set()
 
     async def whole(self) -> ChatCompletion:
         chunks: list[list[GenerationChunk]] = [[] for _ in range(self._sampling.n)]
-        pieces = self._serving.generate(self._id, [self._prompt], self._sampling)
+        pieces = self._serving.generate(self._id, [Job(self._prompt, self._sampling)])
         async with contextlib.aclosing(pieces):
             async for _, chunk in pieces:
                 chunks[chunk.index].append(chunk)
@@ -92,17 +91,20 @@ class _Answer:
         )
 
     async def stream(self) -> AsyncGenerator[object, None]:
+        started: set[int] = set()
         usage = None if self._asked.include_usage else UNSET
-        pieces = self._serving.generate(self._id, [self._prompt], self._sampling)
+        pieces = self._serving.generate(self._id, [Job(self._prompt, self._sampling)])
         async with contextlib.aclosing(pieces):
             async for _, chunk in pieces:
                 self._num_generated += len(chunk.token_ids)
-                if chunk.index not in self._started:
-                    self._started.add(chunk.index)
+                if chunk.index not in started:
+                    # Every answer brings the prompt's log-probabilities; one copy is enough.
+                    entries = None if started else chunk.prompt_logprobs
+                    started.add(chunk.index)
                     role = ChatChunkChoice(
                         index=chunk.index, delta=Delta(role="assistant", content="")
                     )
-                    yield self._event([role], usage, self._prompt_logprobs(chunk.prompt_logprobs))
+                    yield self._event([role], usage, self._prompt_logprobs(entries))
                 if chunk.text or chunk.finish_reason is not None or chunk.logprobs:
                     yield self._event([self._delta(chunk)], usage)
         if self._asked.include_usage:

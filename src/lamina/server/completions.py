@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 import msgspec
 from fastapi import Request, Response
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from lamina.engine.outputs import GenerationChunk, TokenLogprob
 from lamina.server.body import decode, read_body
@@ -16,7 +17,7 @@ from lamina.server.logprobs import LegacyWriter, join, prompt_logprobs
 from lamina.server.prompts import Prompt
 from lamina.server.protocol import CompletionRequest
 from lamina.server.responses import Completion, CompletionChoice, Usage, new_id, now
-from lamina.server.serving import Piece, Serving
+from lamina.server.serving import Job, Piece, Serving
 from lamina.server.streaming import event_stream, while_connected
 from lamina.types import FinishReason, SamplingParams
 
@@ -26,7 +27,7 @@ async def create_completion(serving: Serving, request: Request) -> Response:
     asked = decode(await read_body(request, serving.max_body_bytes), CompletionRequest)
     serving.check_model(asked.model)
     sampling = asked.sampling()
-    prompts = await serving.prompts.completion(asked.prompt)
+    prompts = await serving.prompts.completion(asked.prompt, sampling.n)
     if asked.echo:
         prompts = [await _with_text(serving, prompt, sampling) for prompt in prompts]
     answer = _Answer(serving, asked, sampling, prompts)
@@ -62,13 +63,28 @@ class _Answer:
         self._id = new_id("cmpl")
         self._created = now()
         self._writers: dict[int, LegacyWriter] = {}
-        self._prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = {}
         self._num_generated = 0
+
+    def _jobs(self) -> list[Job]:
+        """Without max_tokens, a prompt near the context's end gets what room is left."""
+        if self._asked.max_tokens is not None:
+            return [Job(prompt, self._sampling) for prompt in self._prompts]
+        default, context = self._sampling.max_tokens, self._serving.engine.model.max_model_len
+        assert default is not None
+        return [
+            Job(
+                prompt,
+                replace(
+                    self._sampling, max_tokens=max(min(default, context - len(prompt.token_ids)), 1)
+                ),
+            )
+            for prompt in self._prompts
+        ]
 
     async def whole(self) -> Completion:
         num_choices = len(self._prompts) * self._sampling.n
         parts: list[list[CompletionChoice]] = [[] for _ in range(num_choices)]
-        pieces = self._serving.generate(self._id, self._prompts, self._sampling)
+        pieces = self._serving.generate(self._id, self._jobs())
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 if choice := self._choice(piece):
@@ -77,7 +93,7 @@ class _Answer:
 
     async def stream(self) -> AsyncGenerator[object, None]:
         usage = None if self._asked.include_usage else UNSET
-        pieces = self._serving.generate(self._id, self._prompts, self._sampling)
+        pieces = self._serving.generate(self._id, self._jobs())
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 if choice := self._choice(piece):
@@ -89,11 +105,9 @@ class _Answer:
         """What `piece` adds to its answer; None when there is nothing to show yet."""
         chunk = piece.chunk
         self._num_generated += len(chunk.token_ids)
-        if chunk.prompt_logprobs is not None:
-            self._prompt_logprobs[piece.prompt] = chunk.prompt_logprobs
         if self._asked.only_echo:
             chunk = _without_token(chunk)
-        index = piece.prompt * self._sampling.n + chunk.index
+        index = piece.job * self._sampling.n + chunk.index
         choice = CompletionChoice(
             index=index,
             text=chunk.text,
@@ -102,23 +116,27 @@ class _Answer:
         )
         is_first = index not in self._writers
         if is_first:
-            self._begin(choice, piece.prompt)
+            self._begin(choice, self._prompts[piece.job], chunk.prompt_logprobs or ())
         if self._asked.logprobs is not None:
             answer = self._writers[index].answer(chunk.logprobs or ())
             choice.logprobs = join([choice.logprobs, answer]) if choice.logprobs else answer
         has_news = bool(chunk.text or chunk.logprobs or chunk.finish_reason)
         return choice if is_first or has_news else None
 
-    def _begin(self, choice: CompletionChoice, prompt_number: int) -> None:
+    def _begin(
+        self,
+        choice: CompletionChoice,
+        prompt: Prompt,
+        entries: Sequence[TokenLogprob | None],
+    ) -> None:
         """What only an answer's first piece has: the echo and the prompt's log-probabilities."""
-        asked, prompt = self._asked, self._prompts[prompt_number]
+        asked = self._asked
         hidden = (
             self._serving.prompts.special_ids()
             if self._sampling.skip_special_tokens
             else frozenset[int]()
         )
         writer = self._writers[choice.index] = LegacyWriter(asked.logprobs or 0, hidden)
-        entries = self._prompt_logprobs.get(prompt_number, ())
         if asked.prompt_logprobs is not None:
             choice.prompt_logprobs = prompt_logprobs(entries, asked.prompt_logprobs)
         if asked.echo:
@@ -149,7 +167,10 @@ class _Answer:
 def _without_token(chunk: GenerationChunk) -> GenerationChunk:
     """`chunk` for a request with max_tokens 0: its token was generated for the prompt's sake."""
     return GenerationChunk(
-        index=chunk.index, text="", finish_reason=chunk.finish_reason and FinishReason.LENGTH
+        index=chunk.index,
+        text="",
+        prompt_logprobs=chunk.prompt_logprobs,
+        finish_reason=chunk.finish_reason and FinishReason.LENGTH,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
 from lamina.engine.messages import EngineStats, ModelInfo
@@ -16,7 +16,7 @@ class HealthView(Protocol):
     @property
     def ok(self) -> bool: ...
     @property
-    def reason(self) -> str | None: ...
+    def reason(self) -> str: ...
 
 
 class ServingEngine(Protocol):
@@ -42,8 +42,8 @@ class ServingEngine(Protocol):
         sampling: SamplingParams,
         *,
         request_id: str | None = None,
-    ) -> AsyncIterator[GenerationChunk]:
-        """Chunks of the `n` answers, interleaved; cancelling the iteration frees the pages.
+    ) -> AsyncGenerator[GenerationChunk, None]:
+        """Chunks of the `n` answers, interleaved; closing the iteration frees the pages.
 
         Raises, at the first iteration:
             RequestError: the request cannot be served, for instance a prompt that is too long.

@@ -52,7 +52,7 @@ class Metrics:
             self.requests.labels(reason.value)
         self.time_to_first_token = Histogram(
             "lamina_time_to_first_token_seconds",
-            "From the request's arrival to an answer's first token",
+            "From a request's hand-over to the engine to an answer's first token",
             buckets=_TTFT_BUCKETS_S,
             registry=None,
         )
@@ -64,7 +64,7 @@ class Metrics:
         )
         self.request_time = Histogram(
             "lamina_request_seconds",
-            "From the request's arrival to the end of its last answer",
+            "From a request's hand-over to the engine to the end of its last answer",
             buckets=_REQUEST_BUCKETS_S,
             registry=None,
         )
@@ -89,12 +89,12 @@ class Metrics:
 
 
 class RequestMeter:
-    """Measures one request to the engine; `close` counts answers without an end as aborted."""
+    """Measures one request from its hand-over to the engine on."""
 
     def __init__(self, metrics: Metrics, num_prompt_tokens: int, num_answers: int) -> None:
         self._metrics = metrics
         self._num_prompt_tokens = num_prompt_tokens
-        self._arrival_s = time.perf_counter()
+        self._start_s = time.perf_counter()
         self._accepted = False
         self._last_token_s: dict[int, float] = {}
         self._open = set(range(num_answers))
@@ -110,13 +110,17 @@ class RequestMeter:
         if chunk.finish_reason is not None and chunk.index in self._open:
             self._end(chunk.index, chunk.finish_reason)
             if not self._open:
-                metrics.request_time.observe(now_s - self._arrival_s)
+                metrics.request_time.observe(now_s - self._start_s)
 
     def close(self, failed: bool = False) -> None:
-        """The request is over. Nothing is counted for one that was never accepted."""
-        reason = FinishReason.ERROR if failed else FinishReason.ABORT
-        for index in tuple(self._open) if self._accepted else ():
-            self._end(index, reason)
+        """The request is over; answers without an end failed or were aborted.
+
+        Nothing is counted for a request that the engine refused.
+        """
+        if failed and not self._accepted:
+            return
+        for index in tuple(self._open):
+            self._end(index, FinishReason.ERROR if failed else FinishReason.ABORT)
 
     def _observe_tokens(self, chunk: GenerationChunk, now_s: float) -> None:
         num_tokens = len(chunk.token_ids)
@@ -124,7 +128,7 @@ class RequestMeter:
         last_s = self._last_token_s.get(chunk.index)
         self._last_token_s[chunk.index] = now_s
         if last_s is None:
-            self._metrics.time_to_first_token.observe(now_s - self._arrival_s)
+            self._metrics.time_to_first_token.observe(now_s - self._start_s)
             return
         for _ in range(num_tokens):
             self._metrics.time_between_tokens.observe((now_s - last_s) / num_tokens)

@@ -31,14 +31,17 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._model = model
 
-    async def completion(self, prompt: str | Sequence[str | int | Sequence[int]]) -> list[Prompt]:
-        """Every prompt of a completion request, in order.
+    async def completion(
+        self, prompt: str | Sequence[str | int | Sequence[int]], num_answers: int
+    ) -> list[Prompt]:
+        """Every prompt of a completion request for `num_answers` answers to each, in order.
 
         Raises:
-            RequestError: empty, mixed, a token id outside the vocabulary, or no tokenizer.
+            RequestError: empty, mixed, more than the engine can ever hold, a token id outside the
+                vocabulary, or no tokenizer.
         """
         parts = _split(prompt)
-        self._limit_count(len(parts))
+        self._limit_count(len(parts), num_answers)
         return [await self._one(part) for part in parts]
 
     async def chat(self, messages: Sequence[ChatMessage], fields: TemplateFields) -> Prompt:
@@ -147,18 +150,19 @@ class PromptReader:
 
     def _check_ids(self, token_ids: Sequence[int], field: str) -> None:
         size = self._model.vocab_size
-        for token_id in token_ids:
+        for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= token_id < size:
                 raise RequestError(
                     f"{field} has token id {token_id}, but ids run from 0 to {size - 1}", field
                 )
 
-    def _limit_count(self, num_prompts: int) -> None:
+    def _limit_count(self, num_prompts: int, num_answers: int) -> None:
+        """A request over the engine's bound would be refused as `try again later` for ever."""
         most = self._model.max_num_seqs + self._model.max_num_waiting
-        if num_prompts > most:
+        if num_prompts > 1 and num_prompts * num_answers > most:
             raise RequestError(
-                f"prompt holds {num_prompts} prompts, but this server takes at most {most} at "
-                "once; send them in several requests",
+                f"prompt holds {num_prompts} prompts, which with n = {num_answers} is more than "
+                f"the {most} answers that this server takes at once; send several requests",
                 "prompt",
             )
 

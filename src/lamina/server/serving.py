@@ -7,6 +7,7 @@ where a stopping server tells the request to end.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from typing import NamedTuple
@@ -24,14 +25,21 @@ logger = logging.getLogger("lamina.server")
 
 
 class Piece(NamedTuple):
-    """A chunk and the number of the prompt that it answers."""
+    """A chunk and the number of the job that it answers."""
 
-    prompt: int
+    job: int
     chunk: GenerationChunk
 
 
+class Job(NamedTuple):
+    """A prompt and how to continue it."""
+
+    prompt: Prompt
+    sampling: SamplingParams
+
+
 class _Done(NamedTuple):
-    prompt: int
+    job: int
 
 
 Pieces = AsyncGenerator[Piece, None]
@@ -69,10 +77,8 @@ class Serving:
         for queue in self._queues:
             queue.put_nowait(EngineDead(reason))
 
-    async def generate(
-        self, request_id: str, prompts: Sequence[Prompt], sampling: SamplingParams
-    ) -> Pieces:
-        """Chunks of all prompts as they come, computed concurrently.
+    async def generate(self, request_id: str, jobs: Sequence[Job]) -> Pieces:
+        """Chunks of all jobs as they come, computed concurrently.
 
         Closing the generator, or cancelling its task, aborts what is left in the engine.
 
@@ -85,10 +91,10 @@ class Serving:
         queue: _Queue = asyncio.Queue()
         self._queues.add(queue)
         tasks = [
-            asyncio.create_task(self._pump(queue, i, prompt, sampling, f"{request_id}-{i}"))
-            for i, prompt in enumerate(prompts)
+            asyncio.create_task(self._pump(queue, i, job, f"{request_id}-{i}"))
+            for i, job in enumerate(jobs)
         ]
-        num_open = len(prompts)
+        num_open = len(jobs)
         try:
             while num_open:
                 match await queue.get():
@@ -104,23 +110,18 @@ class Serving:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _pump(
-        self,
-        queue: _Queue,
-        number: int,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        request_id: str,
-    ) -> None:
-        """One prompt's chunks into the queue, then `_Done` or the error that ended it."""
-        meter = RequestMeter(self.metrics, len(prompt.token_ids), sampling.n)
+    async def _pump(self, queue: _Queue, number: int, job: Job, request_id: str) -> None:
+        """One job's chunks into the queue, then `_Done` or the error that ended it."""
+        token_ids = job.prompt.token_ids
+        meter = RequestMeter(self.metrics, len(token_ids), job.sampling.n)
         failed = False
         try:
-            chunks = self.engine.generate(prompt.token_ids, sampling, request_id=request_id)
-            async for chunk in chunks:
-                meter.observe(chunk)
-                _raise_failure(chunk)
-                queue.put_nowait(Piece(number, chunk))
+            chunks = self.engine.generate(token_ids, job.sampling, request_id=request_id)
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    meter.observe(chunk)
+                    _raise_failure(chunk)
+                    queue.put_nowait(Piece(number, chunk))
             queue.put_nowait(_Done(number))
         except LaminaError as error:
             failed = True

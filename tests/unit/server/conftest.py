@@ -130,7 +130,7 @@ class FakeEngine:
                         answers.remove(answer)
                         continue
                     if chunk is self.failure:
-                        finished = True
+                        finished = sampling.n == 1
                     elif self.hang_after is not None and len(chunk.token_ids) > 0:
                         self.hang_after -= 1
                         if self.hang_after < 0:

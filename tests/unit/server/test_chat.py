@@ -28,9 +28,7 @@ def test_without_max_tokens_the_context_is_the_limit(client, engine):
 
 
 def test_max_completion_tokens_wins(client, engine):
-    client.chat.completions.create(
-        model=MODEL, messages=HI, max_tokens=4, max_completion_tokens=2
-    )
+    client.chat.completions.create(model=MODEL, messages=HI, max_tokens=4, max_completion_tokens=2)
     assert engine.started[0].sampling.max_tokens == 2
 
 
@@ -60,9 +58,7 @@ def test_several_answers(client):
 
 def test_logprobs(client, engine):
     engine.reply = lambda index: "é"
-    out = client.chat.completions.create(
-        model=MODEL, messages=HI, logprobs=True, top_logprobs=1
-    )
+    out = client.chat.completions.create(model=MODEL, messages=HI, logprobs=True, top_logprobs=1)
     first, second = out.choices[0].logprobs.content
     assert (first.bytes, second.bytes) == ([0xC3], [0xA9])
     assert first.logprob == -1.95
@@ -101,7 +97,7 @@ def test_streaming(client, engine):
 
 
 def test_prompt_logprobs(http):
-    body = {"messages": HI, "prompt_logprobs": 0}
+    body = {"messages": HI, "prompt_logprobs": 0, "n": 2}
     for stream in (False, True):
         text = http.post("/v1/chat/completions", json={**body, "stream": stream}).text
         assert text.count('"prompt_logprobs":[null,{') == 1

@@ -95,6 +95,15 @@ def test_all_sampling_fields_reach_the_engine(client, engine):
     }
 
 
+def test_default_max_tokens_shrinks_to_the_room_left(http, engine):
+    body = {"prompt": [[65] * 195, [65]]}
+    assert http.post("/v1/completions", json=body).is_success
+    by_length = sorted((len(r.ids), r.sampling.max_tokens) for r in engine.started)
+    assert by_length == [(1, 16), (195, 5)]
+    http.post("/v1/completions", json={"prompt": [65] * 195, "max_tokens": 16})
+    assert engine.started[-1].sampling.max_tokens == 16  # the engine's to refuse
+
+
 def test_null_counts_as_left_out(http, engine):
     body = {"prompt": "x", "temperature": None, "stop": None, "n": None, "max_tokens": None}
     assert http.post("/v1/completions", json=body).status_code == 200
@@ -164,9 +173,7 @@ def test_minus_infinity_is_written_as_a_number(client, engine):
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_with_logprobs_covers_the_prompt(client, engine, stream):
     engine.reply = lambda index: "b"
-    out = client.completions.create(
-        model=MODEL, prompt="Hé", echo=True, logprobs=1, stream=stream
-    )
+    out = client.completions.create(model=MODEL, prompt="Hé", echo=True, logprobs=1, stream=stream)
     if stream:
         (chunk,) = list(out)
         choice = chunk.choices[0]
@@ -238,4 +245,6 @@ def test_many_requests_at_once(client, engine):
 
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         texts = list(pool.map(ask, range(64)))
-    assert texts == ["0: hé wörld".encode()[: 4 + i % 5].decode(errors="replace") for i in range(64)]
+    assert texts == [
+        "0: hé wörld".encode()[: 4 + i % 5].decode(errors="replace") for i in range(64)
+    ]

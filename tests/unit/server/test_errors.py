@@ -154,9 +154,14 @@ class TestBodyLimit:
     def test_10_megabytes(self, http):
         refused(http, b'{"prompt": "' + b"x" * 10_000_000 + b'"}', 413)
 
-    def test_refused_before_it_is_sent(self, url):
+    def test_refused_before_it_is_sent(self, url, engine):
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
         assert self._answer_to(url, head).startswith(b"HTTP/1.1 413")
+
+    def test_a_body_that_does_not_come_times_out(self, url, engine, monkeypatch):
+        monkeypatch.setattr("lamina.server.body.BODY_TIMEOUT_S", 0.05)
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{"
+        assert self._answer_to(url, head).startswith(b"HTTP/1.1 408")
 
     def test_unannounced_is_counted(self, http, url):
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -211,6 +216,11 @@ class TestEngineErrors:
         with pytest.raises(openai.InternalServerError, match="attention-1 was lost") as caught:
             client.completions.create(model=MODEL, prompt=["x", "y"])
         assert caught.value.status_code == 500
+
+    def test_one_failed_answer_aborts_the_others(self, http, engine):
+        engine.fail_after = 1
+        assert http.post("/v1/completions", json={"prompt": "x", "n": 2}).status_code == 500
+        assert engine.aborted == [engine.started[0].id]
 
     @pytest.mark.parametrize("chat", [False, True])
     def test_failure_in_a_stream(self, client, engine, chat):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lamina.errors import QueueFull
@@ -67,6 +68,15 @@ def test_aborted_requests_are_counted(http, engine, tools):
     with http.stream("POST", "/v1/completions", json={"prompt": "x", "n": 2, "stream": True}) as s:
         next(s.iter_lines())
     tools.wait_until(lambda: scrape(http)[key] == before + 2)
+
+
+def test_a_request_aborted_before_its_first_token_is_counted(http, engine, tools):
+    key = ("lamina_requests_total", "abort")
+    before = scrape(http)[key]
+    engine.hang_after = 0
+    with pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/completions", json={"prompt": "x"}, timeout=0.1)
+    tools.wait_until(lambda: scrape(http)[key] == before + 1)
 
 
 def test_vllm_names_only_on_request(http):
