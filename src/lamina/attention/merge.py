@@ -26,14 +26,6 @@ class Partial(NamedTuple):
     """[R, Hq] float32: natural log-sum-exp of the scaled scores; -inf where the share is empty."""
 
 
-def empty_partial(num_rows: int, num_query_heads: int, head_dim_v: int) -> Partial:
-    """The share without tokens: merging it changes nothing."""
-    return Partial(
-        torch.zeros(num_rows, num_query_heads, head_dim_v),
-        torch.full((num_rows, num_query_heads), -math.inf),
-    )
-
-
 def merge(shares: Sequence[Partial]) -> Partial:
     """The whole from at least one disjoint share, each of the same R rows."""
     num_rows = shares[0].lse.shape[0]

@@ -56,9 +56,6 @@ class PageAllocator:
         """The sequences known here, in the order in which they came."""
         return tuple(self._pages)
 
-    def __contains__(self, sequence: int) -> bool:
-        return sequence in self._pages
-
     def pages(self, sequence: int) -> list[int]:
         """The sequence's pages in token order (a copy); empty for an unknown sequence."""
         return list(self._pages.get(sequence, ()))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.attention.merge import Partial, add_sinks, empty_partial, merge, merge_rows
+from lamina.attention.merge import Partial, add_sinks, merge, merge_rows
 from lamina.attention.reference import reference_attention
 from support.attention import make_spec
 from support.tolerances import ATTENTION_TOLERANCE
@@ -22,6 +22,13 @@ SPECS = (
     make_spec(softcap=2.0, head_dim_v=3),
     make_spec(window=6, has_sinks=True),
 )
+
+
+def empty_partial(num_rows: int, num_query_heads: int, head_dim_v: int) -> Partial:
+    return Partial(
+        torch.zeros(num_rows, num_query_heads, head_dim_v),
+        torch.full((num_rows, num_query_heads), -math.inf),
+    )
 
 
 def assert_partials_match(actual: Partial, expected: Partial) -> None:
