@@ -160,7 +160,7 @@ def test_a_port_in_use_is_refused_before_the_engine_starts():
 
 
 def test_an_unknown_host_is_refused():
-    with pytest.raises(ConfigError, match="host 'no.such.host.invalid'"):
+    with pytest.raises(ConfigError, match=r"host 'no\.such\.host\.invalid'"):
         listen("no.such.host.invalid", 0)
 
 
