@@ -16,8 +16,15 @@ from lamina.config import EngineConfig
 from lamina.engine.answers import Answer, sequence_seed
 from lamina.engine.client import AsyncEngine
 from lamina.engine.outputs import GenerationChunk
+from lamina.engine.tokenizer import load_tokenizer
 from lamina.errors import CheckpointError, EngineDead, QueueFull, RequestError
-from lamina.types import FinishReason, SamplingParams
+from lamina.types import (
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    SequenceOutput,
+    TokenLogprobs,
+)
 
 Start = Callable[..., Any]
 
@@ -389,6 +396,21 @@ def test_seeds_of_the_answers_differ_and_are_fixed() -> None:
     assert len(set(seeds)) == 100
     assert all(-(2**63) <= seed < 2**63 for seed in seeds)
     assert sequence_seed(42, 1) == seeds[1] != sequence_seed(43, 1)
+
+
+def test_tokens_after_a_stop_string_are_not_the_answers(model_folder: Path) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    token_ids = tuple(tokenizer.encode("abcd"))
+    sampling = SamplingParams(stop=("bc",), logprobs=0)
+    request = EngineRequest(request_id="x", prompt_token_ids=(5,), sampling=sampling, seed=0)
+    answer = Answer(0, request, tokenizer)
+    entries = tuple(TokenLogprobs(t, -1.0, 1, ()) for t in token_ids)
+    chunk = answer.advance(SequenceOutput(request_id="x", token_ids=token_ids, logprobs=entries))
+    assert chunk is not None
+    assert answer.finished
+    assert (chunk.text, chunk.stop_reason) == ("a", "bc")
+    assert chunk.token_ids == token_ids[:3]
+    assert [e.token for e in chunk.logprobs or ()] == ["a", "b", "c"]
 
 
 @run
