@@ -1,4 +1,4 @@
-"""What travels between processes, byte by byte: frames, hellos, addresses. Pure.
+"""What travels between processes: frames, hellos, control messages, addresses. Pure.
 
 Tensor channel (`tcp.py`), all integers little-endian:
 
@@ -9,7 +9,10 @@ Tensor channel (`tcp.py`), all integers little-endian:
 The side that connects sends one hello, the listening side answers with one welcome whose text is
 its own name or the reason why it refuses. Frames follow in both directions.
 
-Control messages are in `control_messages.py`.
+Control channel (`control.py`): msgpack of `Envelope`, one ZeroMQ message each, over CURVE:
+
+    worker --> engine   JoinRequest first, then replies, Heartbeat, WorkerError, Goodbye
+    engine --> worker   Joined or Refused first, then requests, Heartbeat, ShutdownWorker, Goodbye
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+import msgspec
+
+from lamina.attention.spec import AttentionSpec
 from lamina.errors import ConfigError, ProtocolMismatch
 
 PROTOCOL_VERSION = 1
@@ -61,6 +67,157 @@ class Welcome(NamedTuple):
     accepted: bool
     text: str
     """The listener's name, or the reason of its refusal."""
+
+
+class Join(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Who a worker is and what it has to offer."""
+
+    name: str
+    """Wished for; the engine makes it unique."""
+    pid: int
+    host: str
+    device: str
+    memory_bytes: int
+    """KV memory that the worker can give."""
+    num_threads: int
+    protocol_version: int = PROTOCOL_VERSION
+
+
+class JoinRequest(msgspec.Struct, frozen=True, tag=True):
+    """The first message of a worker."""
+
+    secret: str
+    """Of the join token."""
+    join: Join
+
+
+class Joined(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The engine takes the worker in."""
+
+    name: str
+    heartbeat_interval_s: float
+    heartbeat_timeout_s: float
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The engine does not take the worker in, or does not know it any more."""
+
+    reason: str
+
+
+class Assign(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What the worker is to serve; it connects its tensor channel and answers Assigned."""
+
+    executor: int
+    """The worker's executor id."""
+    specs: tuple[AttentionSpec, ...]
+    """Every attention layer of the model, all heads."""
+    sinks: tuple[bytes | None, ...]
+    """Per layer the sink values of all query heads, float32 little-endian; None: no sinks."""
+    unit_start: int
+    unit_stop: int
+    """The worker's share of the heads: head units [start, stop), see `attention.partition`."""
+    dtype: str
+    num_pages: int
+    page_tokens: int
+    max_rows: int
+    max_spans: int
+    early_q: bool
+    tensor_address: str
+    """host:port of the engine's listener."""
+    secret: bytes
+    fingerprint: str
+    """Of the tensor channel's hello."""
+    step_deadline_s: float
+
+
+class Assigned(msgspec.Struct, frozen=True, tag=True):
+    """The pages are allocated and the tensor channel is open."""
+
+    num_pages: int
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """I am alive."""
+
+
+class IntegrityQuery(msgspec.Struct, frozen=True, tag=True):
+    """Verify the allocator after the first `num_plans` plans; answered by IntegrityReply."""
+
+    num_plans: int = 0
+
+
+class IntegrityReply(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What the worker's allocator says of itself."""
+
+    problems: tuple[str, ...]
+    """Empty when it is sound."""
+    pages_used: int
+    pages_total: int
+    sequences: tuple[int, ...]
+    """Sequences that hold pages."""
+
+
+class WorkerError(msgspec.Struct, frozen=True, tag=True):
+    """A request failed; or, unasked for, the worker cannot go on."""
+
+    kind: str
+    """Class name of the error."""
+    message: str
+
+
+class ShutdownWorker(msgspec.Struct, frozen=True, tag=True):
+    """End the process, with exit code 0."""
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag=True):
+    """The sender leaves; nothing more comes from it."""
+
+    reason: str
+
+
+ControlMessage = (
+    JoinRequest
+    | Joined
+    | Refused
+    | Assign
+    | Assigned
+    | Heartbeat
+    | IntegrityQuery
+    | IntegrityReply
+    | WorkerError
+    | ShutdownWorker
+    | Goodbye
+)
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """One control message."""
+
+    request: int
+    """Number of the request that this is, or that this answers; 0: neither."""
+    message: ControlMessage
+
+
+_encode_envelope = msgspec.msgpack.Encoder().encode
+_decode_envelope = msgspec.msgpack.Decoder(Envelope).decode
+
+
+def pack_control(message: ControlMessage, request: int = 0) -> bytes:
+    """The bytes of a control message."""
+    return _encode_envelope(Envelope(request, message))
+
+
+def unpack_control(data: bytes, peer: str) -> Envelope:
+    """The inverse. ProtocolMismatch: not a control message of this version."""
+    try:
+        return _decode_envelope(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, AssertionError) as error:
+        raise ProtocolMismatch(
+            f"sent an unreadable control message ({error}); run the same Lamina version on both "
+            "sides",
+            peer=peer,
+        ) from error
 
 
 def pack_frame_header(mailbox: int, seq: int, num_bytes: int) -> bytes:
