@@ -10,7 +10,7 @@ import asyncio
 import codecs
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,11 +110,20 @@ class FakeEngine:
         self.shutdowns += 1
         return self.exit_code
 
-    async def generate(
+    def generate(
         self, prompt: Any, sampling: SamplingParams, *, request_id: str | None = None
-    ) -> AsyncIterator[GenerationChunk]:
+    ) -> AsyncGenerator[GenerationChunk, None]:
         assert request_id is not None
-        self.started.append(SimpleNamespace(ids=prompt, sampling=sampling, id=request_id))
+        chunks = self._generate(prompt, sampling, request_id)
+        # The reference keeps the garbage collector from closing what the server forgets to close.
+        self.started.append(
+            SimpleNamespace(ids=prompt, sampling=sampling, id=request_id, chunks=chunks)
+        )
+        return chunks
+
+    async def _generate(
+        self, prompt: Any, sampling: SamplingParams, request_id: str
+    ) -> AsyncGenerator[GenerationChunk, None]:
         await asyncio.sleep(0)
         if self.error is not None:
             raise self.error

@@ -6,8 +6,10 @@ import asyncio
 
 import httpx
 import pytest
+from fastapi import Request
 
 from lamina.server.app import create_app
+from lamina.server.streaming import event_stream
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -31,6 +33,37 @@ def test_a_stream_closed_by_its_reader_is_aborted(client, engine, tools):
     assert engine.aborted == []
     stream.close()
     tools.wait_until(lambda: len(engine.aborted) == 1)
+
+
+def test_a_stream_is_closed_even_if_the_client_stops_reading():
+    closed = []
+
+    async def bodies():
+        try:
+            while True:
+                yield {}
+        finally:
+            closed.append(True)
+
+    async def scenario():
+        gone = asyncio.Event()
+
+        async def receive():
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                gone.set()
+                await asyncio.sleep(60)  # as if the socket's buffer were full
+
+        scope = {"type": "http", "method": "POST", "headers": [], "path": "/"}
+        generator = bodies()
+        response = await event_stream(Request(scope, receive), generator)
+        await asyncio.wait_for(response(scope, receive, send), 5)
+        assert closed  # now, not when the garbage collector finds it
+
+    asyncio.run(scenario())
 
 
 def test_a_failing_prompt_aborts_its_siblings(http, engine, tools):
