@@ -165,7 +165,14 @@ class _EngineCollector(Collector):
             "lamina_preemptions_total", "Sequences that gave up their pages to be computed again"
         )
         preemptions.add_metric([], stats.preemptions_total)
-        yield from (up, running, waiting, used, total, preemptions)
+        steps = CounterMetricFamily("lamina_engine_steps_total", "Steps that the engine ran")
+        steps.add_metric([], stats.steps_total)
+        seconds = CounterMetricFamily(
+            "lamina_engine_seconds_total", "Where the engine's time went", labels=["phase"]
+        )
+        for phase, value in stats.seconds.items():
+            seconds.add_metric([phase], value)
+        yield from (up, running, waiting, used, total, preemptions, steps, seconds)
 
 
 class _VllmAliases(Collector):

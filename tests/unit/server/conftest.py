@@ -87,6 +87,8 @@ class FakeEngine:
                 ExecutorStats(name="attention-2", pages_used=6, pages_total=12),
             ),
             preemptions_total=5,
+            steps_total=7,
+            seconds={"attention": 1.5},
         )
         self.reply: Callable[[int], str] = lambda index: f"{index}: hé wörld"
         self.delay_s = 0.0
