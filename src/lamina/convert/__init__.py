@@ -9,7 +9,7 @@ import torch
 
 from lamina.convert.program import evaluate
 from lamina.convert.slices import Slice, SlicedModel, SliceState, build_structure
-from lamina.convert.trace import trace
+from lamina.convert.trace import trace_model
 from lamina.convert.weights import (
     Dtype,
     load_tensors,
@@ -75,7 +75,7 @@ def _convert(
     torch_dtype = resolve_dtype(dtype, config)
     name = Path(folder).resolve().name if folder is not None else architecture
     eos_token_ids = read_eos_token_ids(folder, config)
-    structure = build_structure(trace(config, dtype=torch_dtype, name=name))
+    structure = build_structure(trace_model(config, dtype=torch_dtype, name=name))
     tensors = None
     if load_format is not None and folder is not None:
         tensors = load_tensors(

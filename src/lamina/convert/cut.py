@@ -34,7 +34,7 @@ UNCARRIABLE = None
 
 @dataclass(frozen=True)
 class Dataflow:
-    """The rows part of a traced graph. Values are numbered in an order in which they can be computed.
+    """The rows part of a traced graph. Values are numbered in an order of computing.
 
     Constants and step constants do not appear in `inputs`.
     """

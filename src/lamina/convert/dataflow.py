@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from lamina.convert.cut import UNCARRIABLE, Dataflow
-from lamina.convert.trace import Trace
+from lamina.convert.trace import Trace, qkv_of
 
 _MANY_ROWS = 1024
 """Row count at which sizes are compared: what does not grow with T then costs next to nothing."""
@@ -82,10 +82,8 @@ def read_values(trace: Trace) -> Values:
         bytes_per_token=tuple(_bytes_per_token(n.meta["val"], num_rows, sizes) for n in rows),
         heavy=frozenset(heavy),
         attention=tuple(number[a] for a in trace.attention),
-        queries=tuple(number[_node(a.args[0])] for a in trace.attention),
-        keys_values=tuple(
-            (number[_node(a.args[1])], number[_node(a.args[2])]) for a in trace.attention
-        ),
+        queries=tuple(number[q] for q, _, _ in map(qkv_of, trace.attention)),
+        keys_values=tuple((number[k], number[v]) for _, k, v in map(qkv_of, trace.attention)),
         result=number[trace.logits],
     )
     return Values(tuple(folded), tuple(unfolded), tuple(step_constants), tuple(rows), flow)
@@ -104,11 +102,6 @@ def bytes_per_token(trace: Trace, node: fx.Node) -> int:
     """Size of a carried tensor, per token."""
     num_rows = trace.input_ids.meta["val"].shape[1].node.expr
     return _bytes_per_token(node.meta["val"], num_rows, {}) or 0
-
-
-def _node(argument: Any) -> fx.Node:
-    assert isinstance(argument, fx.Node)
-    return argument
 
 
 def _bytes_per_token(value: Any, num_rows: Any, sizes: dict[Any, int | None]) -> int | None:

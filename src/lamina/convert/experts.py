@@ -77,8 +77,10 @@ def experts_forward(
 
     def project(name: str, rows: torch.Tensor) -> torch.Tensor:
         bias = getattr(module, f"{name}_bias") if module.has_bias else None
-        weight = getattr(module, name)
-        return torch.ops.lamina.expert_linear(rows, weight, bias, expert_N, module.is_transposed)
+        out: torch.Tensor = expert_linear(
+            rows, getattr(module, name), bias, expert_N, module.is_transposed
+        )
+        return out
 
     if module.has_gate:
         rows_ND = module._apply_gate(project("gate_up_proj", rows_ND))
@@ -88,4 +90,5 @@ def experts_forward(
     if getattr(module, "has_post_expert_norm", False):
         rows_ND = module.post_expert_norm(rows_ND)
     weighted_TKD = rows_ND.view(num_rows, num_chosen, -1) * weight_TK.unsqueeze(-1)
-    return weighted_TKD.sum(dim=1).to(hidden_TD.dtype)
+    out_TD: torch.Tensor = weighted_TKD.sum(dim=1).to(hidden_TD.dtype)
+    return out_TD

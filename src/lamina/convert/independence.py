@@ -17,10 +17,14 @@ from torch import fx
 
 _aten = torch.ops.aten
 
-_MIXING = {"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "flip", "roll", "sort",
-           "argsort", "diff", "conv1d", "conv2d", "convolution", "tril", "triu", "topk",
-           "softmax", "_softmax", "log_softmax"}  # fmt: skip
-"""Ops that keep a tensor's shape, or nearly, while they work along one dimension."""
+_ALONG_A_DIMENSION = {"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "flip", "roll",
+                      "sort", "argsort", "topk", "softmax", "_softmax", "log_softmax",
+                      "_log_softmax"}  # fmt: skip
+"""Ops that can keep a tensor's shape while they work along the dimension they name."""
+
+_CONVOLUTIONS = {"conv1d", "conv2d", "convolution"}
+
+_TRIANGLES = {"tril", "triu"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def find_row_mixing(
             if not _keeps_rows(node, rows):
                 what = str(getattr(node.target, "__name__", node.target)).split(".")[0]
                 return RowMixing(
-                    f"{_module_of(node)} mixes tokens outside of attention ({what})",
+                    f"{module_of(node)} mixes tokens outside of attention ({what})",
                     _layer_of(node),
                 )
     return None
@@ -57,40 +61,55 @@ def find_row_mixing(
 def _keeps_rows(node: fx.Node, rows: Any) -> bool:
     value = node.meta["val"]
     if isinstance(value, list | tuple):
-        return all(_row_dims(v, rows) is not None for v in value if isinstance(v, torch.Tensor))
+        return all(_keeps_row_dim(node, v, rows) for v in value)
+    return _keeps_row_dim(node, value, rows)
+
+
+def _keeps_row_dim(node: fx.Node, value: Any, rows: Any) -> bool:
     if not isinstance(value, torch.Tensor):
         return True
     dim = _row_dims(value, rows)
-    if dim is None:
-        return False
-    name = str(node.target).split(".")[1] if "." in str(node.target) else ""
-    if name not in _MIXING:
-        return True
-    along = node.args[2 if name == "topk" else 1] if len(node.args) > 1 else -1
-    if name == "topk" and len(node.args) < 3:
-        along = -1
-    return isinstance(along, int) and along % value.dim() != dim and "conv" not in name
+    return dim is not None and dim not in _dims_worked_along(node, value.dim())
+
+
+def _dims_worked_along(node: fx.Node, num_dims: int) -> set[int]:
+    schema = getattr(node.target, "_schema", None)
+    name = schema.name.split("::")[1] if schema is not None else ""
+    if name in _CONVOLUTIONS:
+        return set(range(num_dims))
+    if name in _TRIANGLES:
+        return {num_dims - 2, num_dims - 1}
+    if schema is None or name not in _ALONG_A_DIMENSION:
+        return set()
+    for index, argument in enumerate(schema.arguments):
+        if argument.name in ("dim", "dims"):
+            given = node.args[index] if index < len(node.args) else None
+            dims: Any = node.kwargs.get(argument.name, given)
+            dims = argument.default_value if dims is None else dims
+            return {d % num_dims for d in (dims if isinstance(dims, list | tuple) else [dims])}
+    return set(range(num_dims))
 
 
 def _row_dims(value: torch.Tensor, rows: Any) -> int | None:
     """The one dimension that counts rows, or None if there is not exactly one."""
     found = None
-    for dim, size in enumerate(value.shape):
-        if not isinstance(size, torch.SymInt):
-            continue
-        expression = size.node.expr
-        if not (expression / rows).is_number or found is not None:
-            return None
-        found = dim
+    sizes: Any = value.shape
+    for dim, size in enumerate(sizes):
+        if isinstance(size, torch.SymInt):
+            if found is not None or not (size.node.expr / rows).is_number:
+                return None
+            found = dim
     return found
 
 
-def _module_of(node: fx.Node) -> str:
+def module_of(node: fx.Node) -> str:
+    """The path of the innermost module of the transformers model that a node comes from."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = next((p for p, _ in reversed(stack.values()) if p), "the model")
-    return str(path).removeprefix("model.")
+    paths = [str(path) for path, _ in stack.values()]
+    inner = next((p for p in reversed(paths) if p and not p.startswith("_")), "")
+    return inner.removeprefix("model.") or "the model"
 
 
 def _layer_of(node: fx.Node) -> int | None:
-    match = re.search(r"\.(\d+)(\.|$)", _module_of(node))
+    match = re.search(r"\.(\d+)(\.|$)", module_of(node))
     return int(match.group(1)) if match else None

@@ -1,4 +1,4 @@
-"""The cut point: `lamina::attention`, the op that every attention layer becomes in the traced graph.
+"""The cut point: `lamina::attention`, which every attention layer becomes in the traced graph.
 
 Shapes: T tokens (rows), Hq query heads, Hkv KV heads, Dk and Dv head sizes.
 

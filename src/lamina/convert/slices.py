@@ -26,7 +26,7 @@ from lamina.attention.spec import AttentionSpec
 from lamina.convert.cut import CannotCut, SliceOrder, cut
 from lamina.convert.dataflow import Values, read_values
 from lamina.convert.program import ProgramTable, Stage
-from lamina.convert.trace import Trace
+from lamina.convert.trace import Trace, qkv_of
 from lamina.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -119,14 +119,14 @@ def build_structure(trace: Trace) -> Structure:
     prologue = table.stage(
         values.with_constants(values.step_constants), [n for n in used if n in step_constants]
     )
-    stages = []
+    stages: list[tuple[Stage, Stage | None, Stage | None]] = []
     for i, (order, (q, kv, deferred)) in enumerate(zip(orders, parts, strict=True)):
         if i == len(trace.attention):
             stages.append((table.stage(q, (trace.logits,)), None, None))
             continue
         carried = tuple(values.rows[v] for v in order.carried)
         attention = trace.attention[i]
-        q_node, k_node, v_node = attention.args[:3]
+        q_node, k_node, v_node = qkv_of(attention)
         needs_later = _inputs((*kv, *deferred)) | set(carried)
         q_stage = table.stage(q, (*(n for n in q if n in needs_later), q_node))
         needs_later = _inputs(deferred) | set(carried)
@@ -150,18 +150,17 @@ def _inputs(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def _spec(layer: int, attention: fx.Node) -> AttentionSpec:
-    q, k, v, _, scale, window, softcap, sinks = attention.args
-    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
-    (_, num_query_heads, head_dim_k), (_, num_kv_heads, _) = (
-        q.meta["val"].shape,
-        k.meta["val"].shape,
-    )
+    q, k, v = (node.meta["val"] for node in qkv_of(attention))
+    _, num_query_heads, head_dim_k = q.shape
+    _, num_kv_heads, head_dim_v = v.shape
+    assert k.shape[1:] == (num_kv_heads, head_dim_k), "q, k and v of one layer fit together"
+    scale, window, softcap, sinks = attention.args[4:8]
     return AttentionSpec(
         layer=layer,
         num_query_heads=num_query_heads,
         num_kv_heads=num_kv_heads,
         head_dim_k=head_dim_k,
-        head_dim_v=v.meta["val"].shape[2],
+        head_dim_v=head_dim_v,
         scale=scale,  # type: ignore[arg-type]
         window=window,  # type: ignore[arg-type]
         softcap=softcap,  # type: ignore[arg-type]
@@ -186,7 +185,7 @@ class SlicedModel:
         eos_token_ids: tuple[int, ...],
         tensors: dict[fx.Node, torch.Tensor] | None,
     ) -> None:
-        """`tensors`: the weight and constant nodes' values; None leaves the model without weights."""
+        """`tensors`: values of the weight and constant nodes; None: a model without weights."""
         text = config.get_text_config()
         self.name = structure.trace.name
         self.architecture = architecture

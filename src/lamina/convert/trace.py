@@ -21,9 +21,11 @@ from torch import fx
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lamina.convert import experts, op
+from lamina.convert import experts
+from lamina.convert.functional import make_functional
 from lamina.convert.graph import simplify
 from lamina.convert.independence import find_row_mixing
+from lamina.convert.op import attention as attention_op
 from lamina.errors import ConversionError
 
 _IMPLEMENTATION = "lamina"
@@ -57,6 +59,15 @@ class Trace:
     """Placeholders of parameters and buffers -> the name in the transformers model."""
     constants: dict[fx.Node, torch.Tensor]
     """Placeholders of tensors that the model's code created."""
+
+
+def qkv_of(attention: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """The q, k and v arguments of a `lamina::attention` node."""
+    q, k, v = attention.args[:3]
+    assert isinstance(q, fx.Node)
+    assert isinstance(k, fx.Node)
+    assert isinstance(v, fx.Node)
+    return q, k, v
 
 
 class _Refusal(Exception):
@@ -98,7 +109,7 @@ class _Hooks:
             if isinstance(argument, torch.Tensor) and name not in known:
                 raise _Refusal(f"its attention takes {name}, which Lamina does not know", layer)
         q, k, v = (x.transpose(1, 2).squeeze(0).contiguous() for x in (query, key, value))
-        out = torch.ops.lamina.attention(
+        out = attention_op(
             q,
             k,
             v,
@@ -161,7 +172,7 @@ class _Rows(torch.nn.Module):
         return logits
 
 
-def trace(config: Any, *, dtype: torch.dtype, name: str) -> Trace:
+def trace_model(config: Any, *, dtype: torch.dtype, name: str) -> Trace:
     """Export the model of a transformers config.
 
     Raises:
@@ -193,9 +204,8 @@ def _check_config(config: Any) -> None:
         if rope_type == "longrope" and not _longrope_is_static(text):
             raise _Refusal(
                 "its rotary scaling (longrope) switches on the sequence length, so that a token's "
-                "key depends on tokens that come later; lower max_position_embeddings in "
-                f"config.json to {text.rope_parameters['original_max_position_embeddings']} to use "
-                "the short factors only"
+                "key depends on how many tokens follow it; use a checkpoint of the family "
+                "whose context is not extended that way"
             )
 
 
@@ -213,20 +223,29 @@ def _build(config: Any, dtype: torch.dtype) -> torch.nn.Module:
                 attn_implementation=_IMPLEMENTATION,
                 experts_implementation=_IMPLEMENTATION,
             ).eval()
-    except ValueError as error:
-        if "attn_implementation" in str(error) or "does not support" in str(error):
-            raise _Refusal("its attention does not go through transformers' attention interface; "
-                           "it cannot be replaced") from error  # fmt: skip
-        raise _Refusal(f"transformers has no causal LM for it: {error}") from error
+    except KeyError as error:  # a table of the model's own instead of the interface
+        if error.args == (_IMPLEMENTATION,):
+            raise _Refusal(
+                "its attention does not go through transformers' attention interface"
+            ) from error
+        raise _Refusal(f"transformers cannot build it: missing {error}") from error
+    except Exception as error:  # whatever a model's constructor makes of a config
+        raise _Refusal(f"transformers cannot build it: {_first_line(error)}") from error
     for module in model.modules():
-        # Up to the model's own length limit these kinds keep their first frequencies; beyond it
-        # no sequence is accepted.
-        rope_type = getattr(module, "rope_type", None)
-        if rope_type in ("dynamic", "longrope"):
-            module.rope_type = "default"
+        rope_type: Any = getattr(module, "rope_type", None)
+        if isinstance(rope_type, str):
+            setattr(module, "rope_type", _static(rope_type))  # noqa: B010
         elif isinstance(rope_type, dict):
-            module.rope_type = dict.fromkeys(rope_type, "default")
+            setattr(  # noqa: B010
+                module, "rope_type", {layer: _static(kind) for layer, kind in rope_type.items()}
+            )
     return model
+
+
+def _static(rope_type: str) -> str:
+    """Up to the model's length limit these kinds keep the frequencies that they begin with (see
+    `_check_config`), and longer sequences are not accepted: no need to look at the positions."""
+    return "default" if rope_type in ("dynamic", "longrope") else rope_type
 
 
 def _export(model: torch.nn.Module) -> torch.export.ExportedProgram:
@@ -240,18 +259,14 @@ def _export(model: torch.nn.Module) -> torch.export.ExportedProgram:
             dynamic_shapes=({1: auto}, {1: auto}, {0: auto}),
             strict=False,
         )
-        if any(_mutates(node) for node in program.graph.nodes):
+        if not make_functional(program.graph):
+            program.graph_module.recompile()
             program = program.run_decompositions({})
     except _Refusal:
         raise
     except Exception as error:  # torch.export has no common base for what it cannot trace
         raise _Refusal(f"torch.export cannot trace it: {_first_line(error)}") from error
     return program
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def _first_line(error: Exception) -> str:
@@ -300,16 +315,17 @@ def _check_attention(attention: tuple[fx.Node, ...], config: Any, hooks: _Hooks)
         raise _Refusal("no attention op reached transformers' attention interface (recurrent "
                        "models and attention of its own kind cannot be cut)")  # fmt: skip
     layers = {node.args[3] for node in attention}
-    for layer in range(config.get_text_config().num_hidden_layers):
-        if layer not in layers and -1 not in layers:
-            raise _Refusal("it has no attention op, so its tokens mix in some other way", layer)
+    for expected in range(config.get_text_config().num_hidden_layers):
+        if expected not in layers and -1 not in layers:
+            raise _Refusal("it has no attention op, so its tokens mix in some other way", expected)
     for node in attention:
+        layer: Any = node.args[3]
         window = node.args[5]
         if hooks.mask_windows and window not in hooks.mask_windows:
             raise _Refusal(
                 f"its attention says window {window}, its mask "
                 f"{sorted(hooks.mask_windows, key=str)}",
-                node.args[3],
+                layer,
             )
 
 

@@ -65,9 +65,7 @@ def resolve_dtype(dtype: Dtype, config: Any) -> torch.dtype:
     if dtype != "auto":
         return _DTYPES[dtype]
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    if isinstance(named, str):
-        named = _DTYPES.get(named)
-    return named if named in _DTYPES.values() else torch.float32
+    return _DTYPES.get(str(named).removeprefix("torch."), torch.float32)
 
 
 def read_eos_token_ids(model: str | Path | None, config: Any) -> tuple[int, ...]:
@@ -138,8 +136,9 @@ def _load_model(folder: Path, config: Any, dtype: torch.dtype, progress: bool) -
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(
-            f"{folder} lacks weights that its config.json asks for: {', '.join(missing[:3])}{more}; "
-            "the download is incomplete or the config belongs to another model"
+            f"{folder} lacks weights that its config.json asks for: "
+            f"{', '.join(missing[:3])}{more}; the download is incomplete or the config is "
+            "another model's"
         )
     return model
 
