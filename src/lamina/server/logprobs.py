@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 
 from lamina.engine.outputs import TokenLogprob
@@ -13,6 +14,8 @@ from lamina.server.responses import (
     PromptLogprobs,
     TopLogprob,
 )
+
+_Utf8 = codecs.getincrementaldecoder("utf-8")
 
 
 class LegacyWriter:
@@ -26,6 +29,7 @@ class LegacyWriter:
         self._num_top = num_top
         self._hidden_ids = hidden_ids
         self._offset = 0
+        self._decoder = _Utf8("replace")
 
     def echo(
         self, entries: Sequence[TokenLogprob | None], first: tuple[int, str], text: str
@@ -45,11 +49,8 @@ class LegacyWriter:
                 self._add(out, entry)
         out.text_offset = [min(offset, len(text)) for offset in out.text_offset]
         self._offset = len(text)
+        self._decoder.reset()
         return out
-
-    def skip(self, text: str) -> None:
-        """The answer comes behind `text`, for which no values are wanted."""
-        self._offset = len(text)
 
     def answer(self, entries: Sequence[TokenLogprob]) -> LegacyLogprobs:
         out = _empty()
@@ -67,11 +68,10 @@ class LegacyWriter:
         out.top_logprobs.append(top)
 
     def _place(self, out: LegacyLogprobs, token_id: int, token: str, utf8: bytes) -> None:
-        inside = bool(utf8) and _continues(utf8[0])
         out.tokens.append(token)
-        out.text_offset.append(max(self._offset - inside, 0))
+        out.text_offset.append(self._offset)
         if token_id not in self._hidden_ids:
-            self._offset += sum(not _continues(byte) for byte in utf8)
+            self._offset += len(self._decoder.decode(utf8))
 
 
 def join(parts: Sequence[LegacyLogprobs]) -> LegacyLogprobs:
@@ -119,11 +119,6 @@ def _by_id(entry: TokenLogprob, num_top: int) -> dict[str, PromptLogprob]:
 def _finite(logprob: float) -> float:
     """JSON has no minus infinity; OpenAI's servers write -9999 for it."""
     return max(logprob, -9999.0)
-
-
-def _continues(byte: int) -> bool:
-    """Whether a byte of UTF-8 continues a character."""
-    return byte & 0xC0 == 0x80
 
 
 def _empty() -> LegacyLogprobs:

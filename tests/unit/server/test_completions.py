@@ -4,6 +4,9 @@ import concurrent.futures
 
 import pytest
 
+from lamina.engine.outputs import TokenLogprob
+from lamina.server.logprobs import LegacyWriter, chat_logprobs
+
 MODEL = "org/fake"
 
 
@@ -153,6 +156,17 @@ def test_logprobs(client, engine):
     assert lists.top_logprobs[0] == {"z": -0.01, "a": -0.97}
 
 
+def test_text_offset_survives_invalid_text():
+    entries = [
+        TokenLogprob(token_id=raw[0], token="?", utf8=raw, logprob=-1.0, rank=1)
+        for raw in (b"a", b"\x80", b"\xe2", b"\x86", b"\x92", b"z", b"\xc3", b"z")
+    ]
+    text = b"".join(entry.utf8 for entry in entries).decode(errors="replace")
+    assert text == "a\ufffd→z\ufffdz"
+    offsets = LegacyWriter(0, frozenset()).answer(entries).text_offset
+    assert offsets == [0, 1, 2, 2, 2, 3, 4, 4]
+
+
 def test_logprobs_always_hold_the_token_itself(client, engine):
     engine.reply = lambda index: "a"
     for wanted, top in ((0, {"a": -0.97}), (1, {"z": -0.01, "a": -0.97})):
@@ -160,14 +174,11 @@ def test_logprobs_always_hold_the_token_itself(client, engine):
         assert choice.logprobs.top_logprobs == [top]
 
 
-def test_minus_infinity_is_written_as_a_number(client, engine):
-    import lamina.server.logprobs as module
-    from lamina.engine.outputs import TokenLogprob
-
+def test_minus_infinity_is_written_as_a_number():
     entry = TokenLogprob(token_id=1, token="a", utf8=b"a", logprob=float("-inf"), rank=9)
-    written = module.LegacyWriter(0, frozenset()).answer([entry])
+    written = LegacyWriter(0, frozenset()).answer([entry])
     assert written.token_logprobs == [-9999.0]
-    assert module.chat_logprobs([entry]).content[0].logprob == -9999.0
+    assert chat_logprobs([entry]).content[0].logprob == -9999.0
 
 
 @pytest.mark.parametrize("stream", [False, True])
