@@ -49,7 +49,8 @@ def parse_attention_workers(text: str) -> tuple[AttentionWorkerConfig, ...]:
         device, _, memory = part.strip().partition(":")
         if device != "cpu":
             raise ConfigError(
-                f"attention_workers must be a count or a list such as cpu:8GiB,cpu:4GiB, got {text!r}"
+                f"attention_workers must be a count or a list such as cpu:8GiB,cpu:4GiB, "
+                f"got {text!r}"
             )
         size = parse_bytes(memory, "attention_workers memory") if memory else None
         workers.append(AttentionWorkerConfig(memory_bytes=size))
@@ -80,7 +81,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     attention_partition: Literal["auto", "heads", "requests"] = "auto"
     attention_memory_bytes: int | None = None
     """KV memory of each attention worker (or of the local executor with attention=local).
-    None: enough for `max_num_seqs` sequences of the model's length, at most a quarter of the RAM."""
+    None: enough for `max_num_seqs` sequences of the model's length, at most a quarter of RAM."""
     local_memory_bytes: int | None = None
     """KV memory of the local executor for prompts in progress. None: one full-length prompt."""
     early_q: bool = True

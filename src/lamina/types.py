@@ -14,7 +14,7 @@ import msgspec
 from lamina.errors import RequestError
 
 LOCAL = 0
-"""Executor id of the attention executor in the model worker's own process; remote ones are 1, 2, ..."""
+"""Executor id of the one in the model worker's own process; remote ones are 1, 2, ..."""
 
 MAX_LOGPROBS = 20
 
@@ -103,7 +103,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     seed: int
-    """The sequence's own seed; always set, drawn at random by the front end if the user gave none."""
+    """The sequence's own seed, drawn at random by the front end if the user gave none."""
     eos_token_ids: tuple[int, ...] = ()
     arrival_s: float = 0.0
     """`time.monotonic()` of the front end; metrics only."""
@@ -127,7 +127,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    """For prompt positions 1, 2, ...; sent piece by piece in order, before or with the first token."""
+    """For prompt positions 1, 2, ...; piece by piece in order, before or with the first token."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The stop token (or end of sequence) that ended the sequence; it is not in `token_ids`."""
@@ -143,7 +143,7 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
     context_tokens: int
     """Tokens of the sequence whose k and v are committed; the first row's position."""
     attend_on: tuple[int, ...]
-    """Executors that compute these rows' attention, each for its own heads; disjoint, together all."""
+    """Executors that compute these rows' attention, each for its heads; together all heads."""
     store_on: tuple[int, ...]
     """Executors that keep these rows' k and v; contains `attend_on`."""
 

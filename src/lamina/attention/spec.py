@@ -18,7 +18,7 @@ class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True):
     layer: int
     num_query_heads: int
     num_kv_heads: int
-    """Divides `num_query_heads`; query head h reads KV head h // (num_query_heads / num_kv_heads)."""
+    """Divides the query heads; query head h reads KV head h // (query heads / KV heads)."""
     head_dim_k: int
     """Size of q and k vectors."""
     head_dim_v: int

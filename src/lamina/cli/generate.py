@@ -37,8 +37,9 @@ def generate(
 async def _stream(config: EngineConfig, prompt: str, chat: bool, sampling: SamplingParams) -> None:
     engine = await AsyncEngine.start(config)
     try:
-        text = engine.tokenizer.chat_prompt(prompt) if chat else prompt
-        async for chunk in engine.generate(text, sampling):
+        message = {"role": "user", "content": prompt}
+        tokens = engine.chat_prompt([message]) if chat else prompt
+        async for chunk in engine.generate(tokens, sampling):
             print(chunk.text, end="", flush=True)
             if chunk.error is not None:
                 raise EngineDead(chunk.error)

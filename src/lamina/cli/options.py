@@ -105,9 +105,9 @@ def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
             for name, (_, default) in _OPTIONS.items()
         ),
     ]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    setattr(run, "__signature__", inspect.Signature(parameters))  # noqa: B010
     run.__annotations__ = {p.name: p.annotation for p in parameters}
-    del run.__wrapped__  # type: ignore[attr-defined]
+    del run.__wrapped__
     return run
 
 

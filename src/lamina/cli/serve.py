@@ -10,8 +10,10 @@ import typer
 
 from lamina.cli.options import with_engine_options
 from lamina.config import EngineConfig
+from lamina.demo import demo_model_path
 
 _SERVER = "Server"
+DEMO_MODEL_NAME = "lamina-demo"
 
 
 @with_engine_options
@@ -44,11 +46,14 @@ def serve(
     ] = False,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(rich_help_panel=_SERVER)
-    ] = "info",
+    ] = "warning",
 ) -> None:
     """Serve a model over the OpenAI HTTP API, its attention in separate worker processes."""
-    from lamina.server.run import ServerConfig, run
+    from lamina.server.run import serve as run_server
+    from lamina.server.settings import ServerConfig
 
+    if served_model_name is None and config.model == str(demo_model_path()):
+        served_model_name = DEMO_MODEL_NAME
     server = ServerConfig(
         host=host,
         port=port,
@@ -58,4 +63,4 @@ def serve(
         vllm_metrics=vllm_metrics,
         log_level=log_level,
     )
-    sys.exit(asyncio.run(run(config, server)))
+    sys.exit(asyncio.run(run_server(config, server)))

@@ -13,7 +13,6 @@ import torch
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
 from lamina.engine.messages import EngineStats, ExecutorStats, ModelInfo
-from lamina.engine.resolve import Deployment
 from lamina.engine.sampler import Sampler, SamplerRow, prompt_logprobs
 from lamina.sched.admission import PageBudget
 from lamina.sched.batcher import Batcher
@@ -25,6 +24,7 @@ from lamina.types import (
     StepPlan,
     TokenLogprobs,
 )
+from lamina.workers.deployment import Deployment
 from lamina.workers.fleet import ExecutorFleet
 from lamina.workers.model import ModelWorker
 

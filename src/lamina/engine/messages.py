@@ -84,9 +84,10 @@ class IntegrityReport(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The engine cannot serve (any more). Sent instead of Ready, or after it; `kind` is the error's class."""
+    """The engine cannot serve (any more). Sent instead of Ready, or after it."""
 
     kind: str
+    """The error's class name."""
     message: str
 
 

@@ -26,7 +26,7 @@ class GenerationChunk(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     """Which of the `n` answers."""
     text: str
-    """New text; concatenated over the chunks it is the whole answer. Never ends inside a character."""
+    """New text; the chunks' texts together are the whole answer. Never ends inside a character."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None

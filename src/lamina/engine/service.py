@@ -10,7 +10,6 @@ people why, until it is shut down; its exit code is then 1.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import traceback
 
@@ -18,7 +17,6 @@ import msgspec
 import zmq
 
 from lamina.config import EngineConfig
-from lamina.convert import SlicedModel, convert
 from lamina.engine.engine import Engine
 from lamina.engine.messages import (
     Abort,
@@ -34,10 +32,10 @@ from lamina.engine.messages import (
     decode_to_engine,
     encode,
 )
-from lamina.engine.resolve import Deployment, Machine, resolve
+from lamina.engine.start import start_engine
 from lamina.errors import EngineDead, LaminaError
 from lamina.workers.fleet import ExecutorFleet
-from lamina.workers.process import exit_with_parent, ignore_interrupts, set_threads
+from lamina.workers.process import exit_with_parent, ignore_interrupts
 
 logger = logging.getLogger("lamina.engine")
 
@@ -58,8 +56,8 @@ class EngineService:
 
     def __init__(self, start: Start) -> None:
         self._config = start.config
-        self._socket = zmq.Context.instance().socket(zmq.PAIR)
-        self._socket.linger = 1000
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.connect(start.address)
         self._engine: Engine | None = None
         self._fleet: ExecutorFleet | None = None
@@ -85,31 +83,8 @@ class EngineService:
         return 1 if self._failed else 0
 
     def _start_engine(self) -> None:
-        config = self._config
-        model = convert(
-            config.model,
-            dtype=config.dtype,
-            load_format=config.load_format,
-            seed=config.seed,
-            progress=sys.stderr.isatty(),
-        )
-        deployment = self._resolve(model)
-        set_threads(deployment.num_threads)
-        self._fleet = ExecutorFleet.start(config, model, deployment)
-        self._engine = Engine(config, model, deployment, self._fleet)
-
-    def _resolve(self, model: SlicedModel) -> Deployment:
-        machine = Machine(
-            num_cores=len(os.sched_getaffinity(0)),
-            ram_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        )
-        return resolve(
-            self._config,
-            model.attention_specs,
-            model.dtype.itemsize,
-            model.max_model_len,
-            machine,
-        )
+        started = start_engine(self._config, progress=sys.stderr.isatty())
+        self._engine, self._fleet = started.engine, started.fleet
 
     def _advance(self, engine: Engine) -> None:
         assert self._fleet is not None

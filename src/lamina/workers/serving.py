@@ -48,7 +48,7 @@ class ExecutorServer:
         self._q = link.inbox(MailboxId.Q, capacity[MailboxId.Q])
         self._kv = link.inbox(MailboxId.KV, capacity[MailboxId.KV])
         self._out = link.outbox(MailboxId.OUT, capacity[MailboxId.OUT])
-        self._num_plans = 0
+        self.num_plans = 0
         self._plan: ExecutorPlan | None = None
         self._layer = 0
 
@@ -63,12 +63,14 @@ class ExecutorServer:
         Raises:
             DeadlineExceeded: no plan came; call again.
         """
-        payload = self._plans.wait(self._num_plans + 1, deadline)
-        self._num_plans += 1
+        payload = self._plans.wait(self.num_plans + 1, deadline)
+        self.num_plans += 1
         try:
-            plan = _decode_plan(payload.numpy())
+            plan = _decode_plan(payload.numpy().data)
         except msgspec.DecodeError as error:
-            raise ProtocolMismatch(f"unreadable step plan: {error}", peer=self._link.peer) from error
+            raise ProtocolMismatch(
+                f"unreadable step plan: {error}", peer=self._link.peer
+            ) from error
         self.executor.begin(plan)
         self._plan = plan if plan.num_rows else None
         self._layer = 0
@@ -124,5 +126,5 @@ class ExecutorServer:
         """The message's tensors [num_rows, *shape], one after the other, views of the mailbox."""
         sizes = [num_rows * heads * dim for heads, dim in shapes]
         payload = inbox.wait(number, deadline, num_bytes=sum(sizes) * self._dtype.itemsize)
-        parts = payload.view(self._dtype).split(sizes)
+        parts = torch.split(payload.view(self._dtype), sizes)
         return [p.view(num_rows, h, d) for p, (h, d) in zip(parts, shapes, strict=True)]

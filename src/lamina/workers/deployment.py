@@ -1,4 +1,4 @@
-"""What "auto" means: from a config, a model and a machine to page counts, lengths and threads. Pure."""
+"""What "auto" means: from config, model and machine to page counts, lengths and threads. Pure."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def resolve(
             )
         }  # fmt: skip
         for index, worker in enumerate(workers):
-            share = shard_specs(specs, partition, index)
+            share = shard_specs(specs, *partition.ranges[index], partition.units)
             num_pages[index + 1] = _pages(
                 worker.memory_bytes or config.attention_memory_bytes,
                 bytes_per_page(share, page, itemsize),
@@ -123,7 +123,7 @@ def resolve(
 
 
 def _pages(asked: int | None, page_bytes: int, useful: int, default_limit: int, what: str) -> int:
-    """Pages that fit into the memory asked for, or as many as are useful within the default limit."""
+    """Pages that fit into the memory asked for, or as many as are useful within the limit."""
     if asked is None:
         return max(1, min(useful, default_limit // page_bytes))
     if asked < page_bytes:

@@ -1,0 +1,33 @@
+"""Model shapes for benchmarks: configs only, the weights are random."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+SHAPES: dict[str, dict[str, object]] = {
+    # Qwen3-0.6B with a 32000-token vocabulary: 0.473 B parameters.
+    "qwen3-0.5b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    },
+}
+
+
+def write_shape(name: str, folder: Path) -> Path:
+    """Write the shape's config.json into `folder` (created) and return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SHAPES[name], indent=2))
+    return folder

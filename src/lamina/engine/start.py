@@ -1,0 +1,62 @@
+"""From a config to a running engine in this process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from lamina.config import EngineConfig
+from lamina.convert import SlicedModel, convert
+from lamina.engine.engine import Engine
+from lamina.workers.deployment import Machine, resolve
+from lamina.workers.fleet import ExecutorFleet
+from lamina.workers.process import limit_threads, start_fork_server
+
+
+@dataclass(frozen=True, slots=True)
+class StartedEngine:
+    """An engine and the executors that it uses. Close it to end the worker processes."""
+
+    engine: Engine
+    fleet: ExecutorFleet
+
+    def close(self) -> None:
+        self.fleet.close()
+
+
+def start_engine(
+    config: EngineConfig, *, model: SlicedModel | None = None, progress: bool = False
+) -> StartedEngine:
+    """Load the model, start the attention executors, and put the engine over them.
+
+    Args:
+        model: an already converted model, instead of loading `config.model`.
+        progress: show a progress bar while weights load.
+
+    Raises:
+        LaminaError: anything that keeps the engine from starting; nothing is left running.
+    """
+    if config.attention == "remote":
+        start_fork_server()  # imports torch meanwhile
+    if model is None:
+        model = convert(
+            config.model,
+            dtype=config.dtype,
+            load_format=config.load_format,
+            seed=config.seed,
+            progress=progress,
+        )
+    deployment = resolve(
+        config, model.attention_specs, model.dtype.itemsize, model.max_model_len, this_machine()
+    )
+    limit_threads(deployment.num_threads)
+    fleet = ExecutorFleet.start(config, model, deployment)
+    return StartedEngine(Engine(config, model, deployment, fleet), fleet)
+
+
+def this_machine() -> Machine:
+    """Cores that this process may use, and physical memory."""
+    return Machine(
+        num_cores=len(os.sched_getaffinity(0)),
+        ram_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )

@@ -1,0 +1,171 @@
+"""The attention worker: a process with its own KV pages that serves one engine.
+
+Life: join over the control channel -> receive an assignment (specs, pages, where to connect) ->
+allocate -> connect the tensor channel -> serve steps until told to stop or the engine is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+
+import msgspec
+import torch
+
+from lamina.attention.executor import AttentionExecutor
+from lamina.errors import DeadlineExceeded, LaminaError, PeerLost
+from lamina.transport.control_client import ControlClient, Incoming
+from lamina.transport.join_token import JoinToken
+from lamina.transport.tcp import connect
+from lamina.transport.wire import (
+    Assign,
+    Assigned,
+    IntegrityQuery,
+    IntegrityReply,
+    Join,
+    ShutdownWorker,
+    WorkerError,
+)
+from lamina.workers.serving import ExecutorServer
+
+logger = logging.getLogger("lamina.attention")
+
+_PLAN_POLL_S = 0.05
+"""How often a worker without work looks for control messages."""
+
+
+class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
+    """What an attention worker must know to find its engine."""
+
+    name: str
+    address: str
+    """host:port of the engine's control channel."""
+    token: str
+    """The join token's line."""
+    num_threads: int
+    startup_timeout_s: float
+
+
+def run_attention_worker(start: WorkerStart) -> None:
+    """Serve until the engine says stop; the body of the worker's process.
+
+    Raises:
+        LaminaError: the engine refused, is gone, or broke the protocol. The engine was told why
+            where it can still hear it.
+    """
+    deadline = time.monotonic() + start.startup_timeout_s
+    join = Join(
+        name=start.name,
+        pid=os.getpid(),
+        host=platform.node(),
+        device="cpu",
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        num_threads=start.num_threads,
+    )
+    control = ControlClient(start.address, JoinToken.parse(start.token), join, deadline=deadline)
+    try:
+        _Worker(control, deadline).serve()
+    except PeerLost as error:
+        if control.engine_lost is None:
+            control.send(WorkerError(type(error).__name__, str(error)))
+        raise
+    except Exception as error:
+        control.send(WorkerError(type(error).__name__, str(error)))
+        raise
+    finally:
+        control.close()
+
+
+class _Worker:
+    """An attention worker that has joined."""
+
+    def __init__(self, control: ControlClient, deadline: float) -> None:
+        self._control = control
+        self._queries: list[Incoming] = []
+        incoming = control.receive(deadline)
+        assign = incoming.message
+        assert isinstance(assign, Assign), "an assignment comes first"
+        dtype: torch.dtype = getattr(torch, assign.dtype)
+        try:
+            executor = AttentionExecutor(
+                assign.specs,
+                [_float32(sinks) for sinks in assign.sinks],
+                dtype=dtype,
+                num_pages=assign.num_pages,
+                page_tokens=assign.page_tokens,
+            )
+        except LaminaError as error:
+            control.reply(incoming, WorkerError(type(error).__name__, str(error)))
+            raise
+        control.reply(incoming, Assigned(assign.num_pages))
+        self._executor = executor
+        self._link = connect(
+            assign.tensor_address, assign.secret, assign.fingerprint, control.name, deadline
+        )
+        self._server = ExecutorServer(
+            self._link,
+            executor,
+            assign.specs,
+            dtype=dtype,
+            max_rows=assign.max_rows,
+            max_spans=assign.max_spans,
+            step_deadline_s=assign.step_deadline_s,
+        )
+
+    def serve(self) -> None:
+        """Steps and control messages, until ShutdownWorker."""
+        try:
+            while not self._handle_control():
+                try:
+                    self._server.begin_step(time.monotonic() + _PLAN_POLL_S)
+                except DeadlineExceeded:
+                    continue
+                while self._server.in_step:
+                    self._server.serve_layer()
+        finally:
+            self._link.close()
+
+    def _handle_control(self) -> bool:
+        """Answer what has come; True when told to stop."""
+        while True:
+            try:
+                incoming = self._control.receive(time.monotonic())
+            except DeadlineExceeded:
+                break
+            match incoming.message:
+                case IntegrityQuery():
+                    self._queries.append(incoming)
+                case ShutdownWorker():
+                    return True
+                case message:
+                    logger.warning("ignored a %s", type(message).__name__)
+        self._answer_queries()
+        return False
+
+    def _answer_queries(self) -> None:
+        """Answer the integrity queries whose plans have all been served."""
+        waiting = []
+        for incoming in self._queries:
+            query = incoming.message
+            assert isinstance(query, IntegrityQuery)
+            if query.num_plans > self._server.num_plans:
+                waiting.append(incoming)
+            else:
+                self._control.reply(incoming, integrity(self._executor))
+        self._queries = waiting
+
+
+def integrity(executor: AttentionExecutor) -> IntegrityReply:
+    """The state of an executor's page books."""
+    return IntegrityReply(
+        problems=tuple(executor.check_integrity()),
+        pages_used=executor.num_pages - executor.num_free_pages,
+        pages_total=executor.num_pages,
+        sequences=tuple(executor.sequences),
+    )
+
+
+def _float32(data: bytes | None) -> torch.Tensor | None:
+    return None if data is None else torch.frombuffer(bytearray(data), dtype=torch.float32)
