@@ -49,7 +49,7 @@ def read_config(model: str | Path) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except Exception as error:  # each config class validates in its own way
         text = str(error)
         if "does not recognize" in text or "model_type" in text or "model type" in text:
             raise ConversionError(
@@ -132,6 +132,11 @@ def _load_model(folder: Path, config: Any, dtype: torch.dtype, progress: bool) -
             ) from error
         raise CheckpointError(_unreadable(folder, error)) from error
     except Exception as error:  # safetensors and transformers raise many kinds for bad files
+        if "mismatched" in str(error):
+            raise CheckpointError(
+                f"the weights in {folder} have other shapes than its config.json says; the config "
+                "belongs to another model"
+            ) from error
         raise CheckpointError(_unreadable(folder, error)) from error
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -152,6 +157,8 @@ def _unreadable(folder: Path, error: Exception) -> str:
 
 def _brief(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return " ".join(lines[:2])
     return lines[0] if lines else type(error).__name__
 
 
