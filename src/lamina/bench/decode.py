@@ -103,7 +103,7 @@ class TransformersSubject:
         ids = torch.tensor(prompts)
         self._cache = DynamicCache()
         step = max(1, _PREFILL_ROWS // len(prompts))
-        for part in ids.split(step, dim=1):
+        for part in torch.split(ids, step, 1):
             logits = self._model(part, past_key_values=self._cache, logits_to_keep=1).logits
         self._last = logits[:, -1:].argmax(-1)
         return time.perf_counter() - start

@@ -208,11 +208,8 @@ class ExecutorFleet:
         share = (start, stop, partition.units)
         specs = shard_specs(model.attention_specs, *share)
         dtype = str(model.dtype).removeprefix("torch.")
-        name, secret, digest = (
-            self._names[executor],
-            secrets.token_bytes(32),
-            fingerprint(specs, dtype),
-        )
+        name, secret = self._names[executor], secrets.token_bytes(32)
+        digest = fingerprint(specs, dtype)
         assign = Assign(
             executor=executor,
             specs=specs,
