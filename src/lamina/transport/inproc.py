@@ -204,7 +204,10 @@ class _InprocInbox(Inbox):
         taken: list[torch.Tensor] = []
 
         def take() -> bool:
-            payload = slots.take(seq, num_bytes)
+            try:
+                payload = slots.take(seq, num_bytes)
+            except ProtocolMismatch as error:
+                raise link.broken(error) from None
             if payload is None:
                 # Discarding may have made room for a sender.
                 link.changed.notify_all()
@@ -215,10 +218,7 @@ class _InprocInbox(Inbox):
         with link.changed:
             slots.end_view()
             link.changed.notify_all()
-        try:
-            link.until(take, f"did not post message {seq} of mailbox {slots.mailbox}", deadline)
-        except ProtocolMismatch as error:
-            raise link.broken(error) from None
+        link.until(take, f"did not post message {seq} of mailbox {slots.mailbox}", deadline)
         return taken[0]
 
 
