@@ -16,7 +16,7 @@ from lamina.types import EngineRequest, FinishReason, SamplingParams, SequenceOu
 
 
 def tiny_config(folder: Path, num_workers: int, **changes: Any) -> EngineConfig:
-    """An engine for a tiny float32 model: short pages and short chunks, so that both are crossed."""
+    """An engine for a tiny float32 model; pages and chunks are short, so that both are crossed."""
     fields: dict[str, Any] = {
         "model": str(folder),
         "dtype": "float32",
