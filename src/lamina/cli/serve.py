@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+import lamina.demo
 from lamina.cli.options import with_engine_options
 from lamina.config import EngineConfig
-from lamina.demo import demo_model_path
 
 _SERVER = "Server"
 DEMO_MODEL_NAME = "lamina-demo"
@@ -52,7 +53,8 @@ def serve(
     from lamina.server.run import serve as run_server
     from lamina.server.settings import ServerConfig
 
-    if served_model_name is None and config.model == str(demo_model_path()):
+    # Whoever names a model needs no demo model: it is not looked for here.
+    if served_model_name is None and Path(lamina.demo.__file__).parent in Path(config.model).parents:
         served_model_name = DEMO_MODEL_NAME
     server = ServerConfig(
         host=host,

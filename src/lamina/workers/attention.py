@@ -6,10 +6,12 @@ allocate -> connect the tensor channel -> serve steps until told to stop or the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
 import time
+from pathlib import Path
 
 import msgspec
 import torch
@@ -56,6 +58,7 @@ def run_attention_worker(start: WorkerStart) -> None:
             where it can still hear it.
     """
     deadline = time.monotonic() + start.startup_timeout_s
+    _show_name(start.name)
     join = Join(
         name=start.name,
         pid=os.getpid(),
@@ -155,6 +158,15 @@ class _Worker:
             else:
                 self._control.reply(incoming, integrity(self._executor))
         self._queries = waiting
+
+
+def _show_name(name: str) -> None:
+    """Be `lamina-attn-1` and not just another `python` in `ps` and `top` (15 characters at most).
+
+    Linux only; no other system has the file.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name.replace("attention-worker", "lamina-attn"))
 
 
 def integrity(executor: AttentionExecutor) -> IntegrityReply:
