@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.families import FAMILIES, VOCAB_SIZE, WINDOW, save_tiny_model
-from support.slices import plain_attention, run_slices
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from lamina.attention.spec import AttentionSpec
 from lamina.convert import SlicedModel, convert
 from lamina.convert.op import attention as attention_op
+from support.families import FAMILIES, VOCAB_SIZE, WINDOW, save_tiny_model
+from support.slices import plain_attention, run_slices
 
 TOLERANCE = 1e-4
 WINDOWED = {"mistral", "gemma2", "gemma3", "phi3", "cohere2", "gpt_oss"}

@@ -18,7 +18,8 @@ uses are edges of infinite capacity. Sources are the token ids and all heavy val
 results) of a level below i, whose inputs are known by then; the sinks are values of level i or more
 and whatever the next cut carries. Cheap values between cut and sink may be computed a second time
 instead of being carried. Cuts are found from the last to the first, and each looks only at what the
-next slice needs, so that the work per cut does not grow with the number of layers.
+next slice needs: a slice's own ops, and of earlier ones only light chains such as the sums of a
+residual stream.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Dataflow:
     """
 
     inputs: tuple[tuple[int, ...], ...]
-    """Per value: the values of rows that it is computed from."""
+    """Per value: the values of rows that it is computed from; none for a step's input."""
     bytes_per_token: tuple[int | None, ...]
     heavy: frozenset[int]
     attention: tuple[int, ...]
@@ -137,7 +138,10 @@ def _minimum_cut(flow: Dataflow, levels: list[int], i: int, needed: set[int]) ->
 
 
 def _order(flow: Dataflow, carried: list[frozenset[int]], i: int) -> SliceOrder:
-    done = set(carried[i - 1]) | {flow.attention[i - 1]} if i else set()
+    if i == 0:
+        done = {value for value, inputs in enumerate(flow.inputs) if not inputs}
+    else:
+        done = {*carried[i - 1], flow.attention[i - 1]}
     if i == len(flow.attention):
         return SliceOrder(q=_compute(flow, (flow.result,), done), kv=(), deferred=(), carried=())
     return SliceOrder(

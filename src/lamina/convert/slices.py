@@ -104,7 +104,7 @@ def build_structure(trace: Trace) -> Structure:
     table = ProgramTable((*trace.weights, *trace.constants, *values.folded))
     parts = [
         [
-            values.with_constants([values.rows[v] for v in part if v])
+            values.with_constants([values.rows[v] for v in part])
             for part in (order.q, order.kv, order.deferred)
         ]
         for order in orders
