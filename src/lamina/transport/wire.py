@@ -111,9 +111,9 @@ class Assign(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     executor: int
     """The worker's executor id."""
     specs: tuple[AttentionSpec, ...]
-    """Every attention layer of the model, all heads."""
+    """Every attention layer, cut to the worker's share of the heads."""
     sinks: tuple[bytes | None, ...]
-    """Per layer the sink values of all query heads, float32 little-endian; None: no sinks."""
+    """Per layer the sink values of the share's query heads, float32; None: no sinks."""
     unit_start: int
     unit_stop: int
     """The worker's share of the heads: head units [start, stop), see `attention.partition`."""

@@ -20,7 +20,12 @@ from multiprocessing.connection import wait as wait_for_any
 
 ORPHAN_EXIT_CODE = 70
 """Of a process whose parent died."""
-_PRELOADED = ("torch", "lamina.workers.process", "lamina.workers.attention")
+_PRELOADED = (
+    "torch",
+    "lamina.workers.process",
+    "lamina.workers.attention",
+    "lamina.workers.frozen",
+)
 _EXIT_GRACE_S = 2.0
 """How long children may take to end when their parent exits, before they are killed."""
 _context = multiprocessing.get_context("forkserver")

@@ -56,7 +56,7 @@ def test_second_worker_starts_fast(start: Start) -> None:
     assert start("").join(30)
     begin = time.monotonic()
     assert start("import torch").join(30)
-    assert time.monotonic() - begin < 0.5
+    assert time.monotonic() - begin < 1.0
 
 
 @pytest.mark.parametrize(
@@ -180,40 +180,33 @@ if sys.argv[1] == "stay":
 """
 
 
-@pytest.fixture(params=["script", "module"])
-def parent(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> Callable[[str], subprocess.Popen[str]]:
-    """Starts a program without a main guard that has two workers."""
-    (tmp_path / "program.py").write_text(_SCRIPT)
-    how = [str(tmp_path / "program.py")] if request.param == "script" else ["-m", "program"]
-
-    def run(mode: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, *how, mode], stdout=subprocess.PIPE, text=True, cwd=tmp_path
-        )
-
-    return run
+def program(folder: Path, how: str, mode: str) -> subprocess.Popen[str]:
+    """A program without a main guard that has two workers, run as a script or as a module."""
+    (folder / "program.py").write_text(_SCRIPT)
+    arguments = {"script": ["program.py"], "module": ["-m", "program"]}[how]
+    return subprocess.Popen(
+        [sys.executable, *arguments, mode], stdout=subprocess.PIPE, text=True, cwd=folder
+    )
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_no_orphans_when_the_parent_dies(
-    parent: Callable[[str], subprocess.Popen[str]], end: signal.Signals
-) -> None:
-    process = parent("stay")
+@pytest.mark.parametrize(
+    ("how", "end"),
+    [("script", signal.SIGKILL), ("module", signal.SIGINT), ("script", signal.SIGTERM)],
+)
+def test_no_orphans_when_the_parent_dies(how: str, end: signal.Signals, tmp_path: Path) -> None:
+    process = program(tmp_path, how, "stay")
     assert process.stdout is not None
     assert process.stdout.readline() == "script runs\n"
     pids = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(pids) == 2
     assert all(is_running(pid) for pid in pids)
     process.send_signal(end)
     wait_for(lambda: not any(is_running(pid) for pid in pids), "all workers end")
     process.communicate(timeout=10)
 
 
-def test_workers_end_when_the_parent_exits(
-    parent: Callable[[str], subprocess.Popen[str]],
-) -> None:
-    process = parent("leave")
+def test_workers_end_when_the_parent_exits(tmp_path: Path) -> None:
+    process = program(tmp_path, "script", "leave")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert output.count("script runs") == 1

@@ -1,0 +1,66 @@
+"""The transports that the contract suite runs over, and links between their two ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from lamina.transport.faulty import FaultyLink
+from lamina.transport.inproc import inproc_pair
+from lamina.transport.mailbox import Inbox, Link, Outbox
+from lamina.transport.tcp import TcpListener, connect
+
+SIZE = 4096
+Pair = tuple[Link, Link]
+
+
+def tcp_pair() -> Pair:
+    secret, deadline = bytes(32), time.monotonic() + 10
+    listener = TcpListener(name="a")
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(connect, listener.address, secret, "print", "b", deadline)
+            accepted = listener.accept({secret: ("b", "print")}, deadline)
+            return accepted, future.result()
+    finally:
+        listener.close()
+
+
+def faulty(make: Callable[[], Pair]) -> Callable[[], Pair]:
+    def pair() -> Pair:
+        a, b = make()
+        return FaultyLink(a), FaultyLink(b)
+
+    return pair
+
+
+TRANSPORTS: dict[str, Callable[[], Pair]] = {
+    "inproc": lambda: inproc_pair("a", "b"),
+    "tcp": tcp_pair,
+    "faulty-inproc": faulty(lambda: inproc_pair("a", "b")),
+    "faulty-tcp": faulty(tcp_pair),
+}
+
+
+@pytest.fixture(params=TRANSPORTS)
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    a, b = TRANSPORTS[request.param]()
+    yield a, b
+    a.close()
+    b.close()
+
+
+@pytest.fixture
+def box(pair: Pair) -> tuple[Outbox, Inbox]:
+    """Mailbox 1, from a to b."""
+    a, b = pair
+    return a.outbox(1, SIZE), b.inbox(1, SIZE)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as executor:
+        yield executor
