@@ -9,24 +9,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from lamina.bench.decode import (
-    Figure,
-    LaminaSubject,
-    Subject,
-    TransformersSubject,
-    lamina_config,
-    measure,
-)
 from lamina.bench.shapes import SHAPES, write_shape
 from lamina.errors import ConfigError
+
+if TYPE_CHECKING:  # torch takes seconds to import, which no other command should wait for
+    from lamina.bench.decode import Figure, Subject
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
@@ -53,6 +47,10 @@ def decode(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Decode tokens per second of a shape with random bf16 weights, deployments side by side."""
+    import torch
+
+    from lamina.bench.decode import measure
+
     if shape not in SHAPES:
         raise ConfigError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     batches, contexts = _numbers(batch, "batch"), _numbers(context, "context")
@@ -90,6 +88,10 @@ def _subjects(
     length: int,
     threads: int,
 ) -> Iterator[list[Subject]]:
+    import torch
+
+    from lamina.bench.decode import LaminaSubject, TransformersSubject, lamina_config
+
     subjects: list[Subject] = []
     try:
         for count in deployments:
@@ -115,6 +117,8 @@ def _numbers(text: str, option: str) -> list[int]:
 
 
 def _table(shape: str, threads: int, figures: list[Figure]) -> Table:
+    import torch
+
     table = Table(
         title=f"Decode, {shape}, bf16, {threads} threads per process, {platform.machine()}, "
         f"torch {torch.__version__}"

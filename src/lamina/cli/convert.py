@@ -6,16 +6,15 @@ import re
 import time
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from lamina.convert import convert as convert_model
-from lamina.convert import convert_structure
-from lamina.convert.explain import Explanation, LayerSummary, StageSummary
+if TYPE_CHECKING:  # torch takes seconds to import, which no other command should wait for
+    from lamina.convert.explain import Explanation, LayerSummary, StageSummary
 
 
 def convert(
@@ -30,6 +29,9 @@ def convert(
     ] = "auto",
 ) -> None:
     """Cut a model at its attention ops, check that its weights load, and describe the result."""
+    from lamina.convert import convert as convert_model
+    from lamina.convert import convert_structure
+
     if explain or json:
         explanation = convert_structure(model, dtype=dtype).explain()
         if json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -53,8 +54,8 @@ def serve(
     from lamina.server.run import serve as run_server
     from lamina.server.settings import ServerConfig
 
-    # Whoever names a model needs no demo model: it is not looked for here.
-    if served_model_name is None and Path(lamina.demo.__file__).parent in Path(config.model).parents:
+    demo_folder = Path(lamina.demo.__file__).parent
+    if served_model_name is None and demo_folder in Path(config.model).parents:
         served_model_name = DEMO_MODEL_NAME
     server = ServerConfig(
         host=host,
@@ -65,4 +66,6 @@ def serve(
         vllm_metrics=vllm_metrics,
         log_level=log_level,
     )
-    sys.exit(asyncio.run(run_server(config, server)))
+    exit_code = asyncio.run(run_server(config, server))
+    gc.freeze()  # the collection at exit would take a second to find that modules refer to modules
+    sys.exit(exit_code)
