@@ -8,6 +8,8 @@ the attention op may mix them. What would mix them elsewhere is refused.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
 import threading
 import warnings
@@ -159,17 +161,16 @@ class _Rows(torch.nn.Module):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.model_keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, logit_rows: torch.Tensor
     ) -> torch.Tensor:
+        keep = {"logits_to_keep": logit_rows} if self.model_keeps_rows else {}
         logits: torch.Tensor = self.model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            logits_to_keep=logit_rows,
-            use_cache=False,
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **keep
         ).logits
-        return logits
+        return logits if self.model_keeps_rows else logits[:, logit_rows]
 
 
 def trace_model(config: Any, *, dtype: torch.dtype, name: str) -> Trace:
@@ -218,7 +219,7 @@ def _build(config: Any, dtype: torch.dtype) -> torch.nn.Module:
     try:
         with torch.device("meta"):
             model: torch.nn.Module = AutoModelForCausalLM.from_config(
-                config,
+                copy.deepcopy(config),  # the model writes its settings into it
                 dtype=dtype,
                 attn_implementation=_IMPLEMENTATION,
                 experts_implementation=_IMPLEMENTATION,

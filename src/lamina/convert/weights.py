@@ -6,6 +6,7 @@ tied embeddings, casts) apply. Only local folders are read; remote code is never
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,7 +119,7 @@ def _load_model(folder: Path, config: Any, dtype: torch.dtype, progress: bool) -
         with _progress_bars(progress):
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
-                config=config,
+                config=copy.deepcopy(config),  # the model writes its settings into it
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -179,7 +180,7 @@ def _progress_bars(wanted: bool) -> Iterator[None]:
 def _dummy_model(config: Any, dtype: torch.dtype, seed: int) -> Any:
     """Random matrices of the config's spread, norms as the model makes them, biases of zero."""
     with transformers.initialization.no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     spread = getattr(config.get_text_config(), "initializer_range", 0.02)
     bank = torch.randn(_RANDOM_ELEMENTS, generator=generator).mul_(spread).to(dtype)

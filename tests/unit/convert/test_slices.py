@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from lamina.cli.convert import convert as convert_command
 from lamina.convert import SlicedModel, convert, convert_structure
 from lamina.convert.explain import Explanation
+from lamina.convert.op import attention
 from lamina.errors import CheckpointError
 from support.families import FAMILIES, save_tiny_model
 
@@ -151,3 +152,39 @@ def test_states_are_independent(checkpoint: Path) -> None:
     again = model.run_q(0, model.begin(rows + 3, rows, rows))
     torch.testing.assert_close(again, queries[0], rtol=0, atol=0)
     assert not torch.equal(queries[0], queries[1])
+
+
+def test_a_model_that_returns_all_logits_is_indexed(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = convert(checkpoint)
+    forward = hf.PhiForCausalLM.forward
+
+    def all_logits(self: Any, input_ids: Any, position_ids: Any, use_cache: bool) -> Any:
+        return forward(self, input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+
+    monkeypatch.setattr(hf.PhiForCausalLM, "forward", all_logits)
+    ids = torch.arange(3, 9)
+    for rows in ([5], [2, 0]):
+        got, expected = (_logits(m, ids, rows) for m in (convert(checkpoint), want))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def _logits(model: SlicedModel, ids: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    state = model.begin(ids, torch.arange(len(ids)), torch.tensor(rows))
+    for layer, spec in enumerate(model.attention_specs):
+        q = model.run_q(layer, state)
+        k, v = model.run_kv(layer, state)
+        model.run_deferred(layer, state)
+        state.attention_output = attention(q, k, v, layer, spec.scale, None, None, None)
+    logits = model.run_last(state)
+    assert logits.shape == (len(rows), model.vocab_size)
+    return logits
+
+
+def test_a_given_config_is_left_as_it_was() -> None:
+    config = FAMILIES["qwen3_moe"]()
+    before = config.to_dict()
+    convert_structure(config, dtype="bfloat16")
+    assert config.to_dict() == before
+    assert config._attn_implementation is None
