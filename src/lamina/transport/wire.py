@@ -106,7 +106,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Assign(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What the worker is to serve; it connects its tensor channel and answers Assigned."""
+    """What the worker is to serve: it allocates, answers Assigned and connects the tensor channel."""
 
     executor: int
     """The worker's executor id."""
@@ -114,15 +114,11 @@ class Assign(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Every attention layer, cut to the worker's share of the heads."""
     sinks: tuple[bytes | None, ...]
     """Per layer the sink values of the share's query heads, float32; None: no sinks."""
-    unit_start: int
-    unit_stop: int
-    """The worker's share of the heads: head units [start, stop), see `attention.partition`."""
     dtype: str
     num_pages: int
     page_tokens: int
     max_rows: int
     max_spans: int
-    early_q: bool
     tensor_address: str
     """host:port of the engine's listener."""
     secret: bytes
@@ -132,7 +128,7 @@ class Assign(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Assigned(msgspec.Struct, frozen=True, tag=True):
-    """The pages are allocated and the tensor channel is open."""
+    """The pages are allocated; the tensor channel comes next."""
 
     num_pages: int
 

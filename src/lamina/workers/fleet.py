@@ -217,14 +217,11 @@ class ExecutorFleet:
                 None if sinks is None else _bytes(sinks[slice(*query_head_range(spec, *share))])
                 for spec, sinks in zip(model.attention_specs, model.sinks, strict=True)
             ),
-            unit_start=start,
-            unit_stop=stop,
             dtype=dtype,
             num_pages=deployment.num_pages[executor],
             page_tokens=config.block_size,
             max_rows=config.max_num_batched_tokens,
             max_spans=config.max_num_seqs,
-            early_q=config.early_q,
             tensor_address=listener.address,
             secret=secret,
             fingerprint=digest,

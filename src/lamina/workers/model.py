@@ -121,7 +121,8 @@ class ModelWorker:
             payload = bytearray(msgspec.msgpack.encode(route.plan))
             if len(payload) > end.plans.capacity_bytes:
                 raise CapacityError(
-                    f"a plan of {len(payload)} bytes does not fit the plan mailbox of {end.link.peer}"
+                    f"a plan of {len(payload)} bytes does not fit the plan mailbox of "
+                    f"{end.link.peer}"
                 )
             end.num_plans += 1
             end.plans.post(
@@ -134,7 +135,7 @@ class ModelWorker:
     ) -> torch.Tensor:
         """The layer's attention output [T, Hq, Dv] from all executors that computed a part of it.
 
-        In reverse order: the local one computes when it is waited for, while the others already run.
+        In reverse order: the local one computes when it is waited for; the others already run.
         """
         spec = self.model.attention_specs[layer]
         first = routes[-1].wait_out(layer, number, deadline)

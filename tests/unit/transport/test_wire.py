@@ -41,8 +41,8 @@ SPECS = st.builds(
 ASSIGN = st.builds(
     Assign, executor=U16, specs=st.lists(SPECS, max_size=4).map(tuple),
     sinks=st.lists(st.none() | st.binary(max_size=64), max_size=4).map(tuple),
-    unit_start=U16, unit_stop=U16, dtype=TEXT, num_pages=U64, page_tokens=U16, max_rows=U16,
-    max_spans=U16, early_q=st.booleans(), tensor_address=TEXT, secret=st.binary(max_size=64),
+    dtype=TEXT, num_pages=U64, page_tokens=U16, max_rows=U16,
+    max_spans=U16, tensor_address=TEXT, secret=st.binary(max_size=64),
     fingerprint=TEXT, step_deadline_s=st.floats(0, 1e9),
 )  # fmt: skip
 JOIN = st.builds(Join, name=TEXT, pid=U64, host=TEXT, device=TEXT, memory_bytes=U64,
