@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from lamina.convert.explain import Explanation
 
 
+_LOGIT_ROWS_SLOT = 2
+"""The slots of a state begin with the step's inputs: token ids, positions, logit rows."""
+
+
 class SliceState:
     """One micro-batch between its slices. The caller owns it; it is used by one step only."""
 
@@ -260,11 +264,15 @@ class SlicedModel:
         Args:
             input_ids_T: [T] int64, T >= 1.
             position_ids_T: [T] int64, each row's position in its own sequence.
-            logit_rows_R: [R] int64 in [0, T), the rows whose logits `run_last` returns.
+            logit_rows_R: [R] int64 in [0, T), the rows whose logits `run_last` returns; R may be 0.
         """
         assert self._has_weights, "a model from convert_structure has no weights to run with"
         state = SliceState(self._num_slots)
-        state.values[:3] = (input_ids_T.unsqueeze(0), position_ids_T.unsqueeze(0), logit_rows_R)
+        state.values[: _LOGIT_ROWS_SLOT + 1] = (
+            input_ids_T.unsqueeze(0),
+            position_ids_T.unsqueeze(0),
+            logit_rows_R,
+        )
         self._prologue(state.values)
         return state
 
@@ -290,7 +298,9 @@ class SlicedModel:
             stage(state.values)
 
     def run_last(self, state: SliceState) -> torch.Tensor:
-        """The last slice: logits [R, V] in float32; the caller owns them."""
+        """The last slice: logits [R, V] in float32; the caller owns them. Free when R is 0."""
+        if state.values[_LOGIT_ROWS_SLOT].shape[0] == 0:
+            return torch.empty(0, self.vocab_size)
         logits: torch.Tensor = self._enter(self.num_layers, state)[-1]
         return logits.squeeze(0).float()
 

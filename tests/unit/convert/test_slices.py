@@ -42,14 +42,14 @@ def _alternating(num_layers: int) -> SlicedModel:
 
 @pytest.fixture(scope="module")
 def llama() -> SlicedModel:
-    return _llama(12)
+    return _llama(8)
 
 
 def test_equal_layers_share_programs(llama: SlicedModel) -> None:
-    assert len(llama.slices) == 13
+    assert len(llama.slices) == 9
     assert llama.num_programs == _llama(3).num_programs
     assert llama.num_programs <= 6
-    middle = llama.slices[2:11]
+    middle = llama.slices[2:7]
     assert len({id(part.q.stage.program) for part in middle}) == 1
     assert len({id(part.kv.stage.program) for part in middle if part.kv}) == 1
 
@@ -67,12 +67,12 @@ def test_llama_carries_the_residual_stream_and_positions(llama: SlicedModel) -> 
         residual, *rest = layer.carried
         assert residual.shape == (1, "T", 32)
         assert residual.bytes_per_token == 32 * 4
-        assert [c.name for c in rest] == (["position_ids"] if layer.layer < 11 else [])
+        assert [c.name for c in rest] == (["position_ids"] if layer.layer < 7 else [])
         assert layer.carried_bytes_per_token == 32 * 4 + (8 if rest else 0)
         assert layer.q_bytes_per_token == layer.out_bytes_per_token == 4 * 8 * 4
         assert layer.k_bytes_per_token == layer.v_bytes_per_token == 2 * 8 * 4
         assert layer.deferred.num_ops == 0
-    assert explanation.hop_bytes_per_token == 12 * 2 * (4 + 2) * 8 * 4
+    assert explanation.hop_bytes_per_token == 8 * 2 * (4 + 2) * 8 * 4
 
 
 def test_q_is_sent_before_k_and_v_are_computed(llama: SlicedModel) -> None:
@@ -109,7 +109,7 @@ def test_bytes_follow_the_dtype() -> None:
 def test_an_explanation_survives_json(llama: SlicedModel) -> None:
     explanation = llama.explain()
     assert msgspec.json.decode(msgspec.json.encode(explanation), type=Explanation) == explanation
-    assert "cut 11: carries model.layers.10: add (128 B)" in str(explanation)
+    assert "cut 7: carries model.layers.6: add (128 B)" in str(explanation)
 
 
 @pytest.fixture(scope="module")
