@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lamina.convert import SlicedModel, convert
+from lamina.convert import SlicedModel, SliceState, convert
+from lamina.types import FinishReason
 from support.engines import (
     assert_sound,
     requests,
@@ -172,3 +173,28 @@ def test_sampling_params_reach_the_sampler(folder: Path, llama: SlicedModel) -> 
             started, requests([prompt], ignore_eos=True, max_tokens=16, repetition_penalty=50.0)
         )["0"]
         assert len(set(tokens(penalised))) == 16
+
+
+def test_logits_that_are_not_numbers_end_only_their_request(
+    folder: Path, llama: SlicedModel, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = make_prompts(LENGTHS, seed=2)[:3]
+    run_last, num_calls = llama.run_last, 0
+
+    def poisoned(state: SliceState) -> torch.Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        logits = run_last(state)
+        if num_calls == 10:
+            logits[1] = torch.nan
+        return logits
+
+    monkeypatch.setattr(llama, "run_last", poisoned)
+    with running(tiny_config(folder, 1), llama) as started:
+        outputs = run_all(started, requests(prompts, ignore_eos=True))
+        failed = [i for i, o in outputs.items() if o[-1].finish_reason is FinishReason.ERROR]
+        assert len(failed) == 1
+        assert "NaN" in str(outputs[failed[0]][-1].error)
+        for index in {"0", "1", "2"} - set(failed):
+            assert tokens(outputs[index]) == alone[int(index)]
+        assert_sound(started)

@@ -8,11 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import msgspec
 import torch
 
 from lamina.convert.slices import SlicedModel
-from lamina.errors import CapacityError
 from lamina.transport.topology import message_number
 from lamina.types import LOCAL, StepPlan
 from lamina.workers.routes import ExecutorEnd, Route
@@ -117,17 +115,7 @@ class ModelWorker:
         executors = plan.executors()
         routes = [Route(end, plan) for e, end in self._ends.items() if e in executors]
         for route in routes:
-            end = route.end
-            payload = bytearray(msgspec.msgpack.encode(route.plan))
-            if len(payload) > end.plans.capacity_bytes:
-                raise CapacityError(
-                    f"a plan of {len(payload)} bytes does not fit the plan mailbox of "
-                    f"{end.link.peer}"
-                )
-            end.num_plans += 1
-            end.plans.post(
-                end.num_plans, torch.frombuffer(payload, dtype=torch.uint8), deadline=deadline
-            )
+            route.post_plan(deadline)
         return routes
 
     def _collect(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import torch
 
 from lamina.attention.spec import AttentionSpec
@@ -72,6 +73,15 @@ class Route:
         self.num_stored = len(stored)
         self._attending_rows = _selector(attending)
         self._stored_rows = _selector(stored)
+
+    def post_plan(self, deadline: float) -> None:
+        """Send the executor its part of the plan, ahead of layer 0."""
+        end = self.end
+        payload = bytearray(msgspec.msgpack.encode(self.plan))
+        end.num_plans += 1
+        end.plans.post(
+            end.num_plans, torch.frombuffer(payload, dtype=torch.uint8), deadline=deadline
+        )
 
     def post_q(self, layer: int, number: int, q_THD: torch.Tensor, deadline: float) -> None:
         """Send the attending rows of q [T, Hq, Dk]."""

@@ -1,0 +1,141 @@
+"""What "auto" resolves to, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from lamina.attention.spec import AttentionSpec
+from lamina.config import AttentionWorkerConfig, EngineConfig, parse_attention_workers, parse_bytes
+from lamina.errors import CapacityError, ConfigError
+from lamina.types import LOCAL
+from lamina.workers.deployment import Deployment, Machine, resolve
+
+MACHINE = Machine(num_cores=8, ram_bytes=2**30)
+SPECS = tuple(
+    AttentionSpec(
+        layer=layer, num_query_heads=8, num_kv_heads=4, head_dim_k=16, head_dim_v=16, scale=0.25
+    )
+    for layer in range(2)
+)
+PAGE = 16
+PAGE_BYTES = 2 * 4 * 32 * PAGE * 2
+"""Layers, KV heads, k and v elements, tokens, bytes per element."""
+
+
+def deploy(limit: int | None = 256, **fields: object) -> Deployment:
+    settings: dict[str, object] = {"model": "x", "block_size": PAGE, "max_num_batched_tokens": 64}
+    config = EngineConfig(**(settings | fields))  # type: ignore[arg-type]
+    return resolve(config, SPECS, 2, limit, MACHINE)
+
+
+def workers(count: int) -> tuple[AttentionWorkerConfig, ...]:
+    return tuple(AttentionWorkerConfig() for _ in range(count))
+
+
+def test_defaults_hold_every_sequence_at_full_length() -> None:
+    deployment = deploy(max_num_seqs=3)
+    assert deployment.max_model_len == 256
+    assert deployment.num_pages == {LOCAL: (256 + 64) // PAGE, 1: 3 * 256 // PAGE}
+    assert deployment.num_threads == 8
+    assert deployment.worker_num_threads == 8
+
+
+def test_heads_are_shared_where_they_divide() -> None:
+    deployment = deploy(attention_workers=workers(2), attention_memory_bytes=64 * PAGE_BYTES)
+    assert deployment.partition is not None
+    assert deployment.partition.mode == "heads"
+    assert deployment.num_pages[1] == deployment.num_pages[2] == 128, "half the heads per page"
+    assert deployment.describe() == "2 workers, partitioned by heads"
+    assert deployment.worker_num_threads == 4
+
+
+def test_requests_are_shared_where_heads_do_not_divide() -> None:
+    deployment = deploy(attention_workers=workers(3), attention_memory_bytes=64 * PAGE_BYTES)
+    assert deployment.by_requests
+    assert deployment.num_pages[3] == 64
+
+
+def test_each_worker_can_have_its_own_memory() -> None:
+    own = parse_attention_workers(f"cpu:{32 * PAGE_BYTES},cpu")
+    deployment = deploy(
+        attention_workers=own,
+        attention_partition="requests",
+        attention_memory_bytes=16 * PAGE_BYTES,
+    )
+    assert deployment.num_pages[1] == 32
+    assert deployment.num_pages[2] == 16
+
+
+def test_monolithic_has_one_pool() -> None:
+    deployment = deploy(attention="local", attention_memory_bytes=20 * PAGE_BYTES)
+    assert deployment.num_pages == {LOCAL: 20}
+    assert deployment.partition is None
+
+
+def test_unasked_memory_stays_within_its_share_of_the_machine() -> None:
+    deployment = deploy(limit=2**20)
+    quarter = MACHINE.ram_bytes // 4
+    assert deployment.num_pages[1] == quarter // PAGE_BYTES
+    assert deployment.max_model_len == quarter // PAGE_BYTES * PAGE, "the length follows the pages"
+
+
+def test_a_length_that_was_asked_for_must_fit() -> None:
+    with pytest.raises(CapacityError, match="max_model_len to at most 160"):
+        deploy(max_model_len=256, attention_memory_bytes=10 * PAGE_BYTES)
+
+
+def test_an_unasked_length_shrinks_to_what_fits() -> None:
+    assert deploy(attention_memory_bytes=10 * PAGE_BYTES).max_model_len == 160
+
+
+def test_refusals() -> None:
+    with pytest.raises(CapacityError, match="too little for one page, which takes 8192 bytes"):
+        deploy(attention_memory_bytes=PAGE_BYTES - 1)
+    with pytest.raises(ConfigError, match="model's own context length 256"):
+        deploy(max_model_len=257)
+    with pytest.raises(ConfigError, match="attention_partition=heads"):
+        deploy(attention_workers=workers(3), attention_partition="heads")
+    with pytest.raises(ConfigError, match="more than can be placed"):
+        deploy(attention_workers=workers(3), max_num_seqs=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("8GiB", 8 * 2**30),
+        ("512MiB", 2**29),
+        ("2e9", 2 * 10**9),
+        ("4G", 4 * 10**9),
+        ("1.5KiB", 1536),
+    ],
+)
+def test_sizes(text: str, value: int) -> None:
+    assert parse_bytes(text, "memory") == value
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1 parsec", "1GiBB"])
+def test_wrong_sizes(text: str) -> None:
+    with pytest.raises(ConfigError, match="memory must be a size such as 8GiB"):
+        parse_bytes(text, "memory")
+
+
+@pytest.mark.parametrize("text", ["two", "tpu:8GiB", "cpu:lots", "cpu,,cpu", "-1"])
+def test_wrong_worker_lists(text: str) -> None:
+    with pytest.raises(ConfigError, match="attention_workers"):
+        parse_attention_workers(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
+        ({"max_num_batched_tokens": 8}, "max_num_batched_tokens must be at least max_num_seqs"),
+        ({"step_deadline_s": 0.0}, "step_deadline_s must be positive"),
+        ({"heartbeat_timeout_s": 0.3}, "heartbeat_timeout_s must be at least three"),
+        ({"attention_workers": ()}, "attention=local"),
+        ({"max_model_len": 0}, "max_model_len must be at least 1"),
+    ],
+)
+def test_wrong_settings(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(model="x", **fields)  # type: ignore[arg-type]
