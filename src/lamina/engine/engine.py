@@ -142,8 +142,14 @@ class Engine:
     def check_integrity(self) -> tuple[list[str], list[ExecutorStats]]:
         """Problems of every executor's allocator, and disagreements with the engine's arithmetic.
 
-        Blocks for one round trip to each worker. Pages that wait for release count as used there.
+        Blocks for one round trip to each worker.
+
+        Raises:
+            TransportError: an executor failed; the engine must not be used further.
         """
+        if (plan := self._batcher.plan_releases()) is not None:
+            none = torch.empty(0, dtype=torch.int64)
+            self._worker.run(plan, none, none, none)
         problems: list[str] = []
         counts: list[ExecutorStats] = []
         for executor, report in self._fleet.integrity().items():

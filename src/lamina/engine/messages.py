@@ -1,7 +1,7 @@
 """Messages between the front end's client and the engine process: msgspec over one ZeroMQ pair.
 
 client --> engine   AddRequests, Abort, CheckIntegrity, Shutdown
-engine --> client   Ready once, then Outputs after each step that produced any, IntegrityReport
+engine --> client   Ready once, then Outputs after each step and each Abort, IntegrityReport
                     in answer to CheckIntegrity, and Failed when it can no longer serve
 """
 

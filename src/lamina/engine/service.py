@@ -119,6 +119,7 @@ class EngineService:
             case Abort(request_ids):
                 for request_id in request_ids if not self._failed else ():
                     self._engine.abort(request_id)
+                self._send(Outputs((), self._engine.stats()))  # no step may come to tell it
             case CheckIntegrity():
                 self._report_integrity(self._engine)
             case Shutdown():
@@ -130,6 +131,8 @@ class EngineService:
             problems, executors = engine.check_integrity()
         except LaminaError as error:
             problems, executors = [str(error)], []
+            if not self._failed:
+                self._fail(error)
         self._send(IntegrityReport(tuple(problems), tuple(executors)))
 
     def _fail(self, error: LaminaError) -> None:

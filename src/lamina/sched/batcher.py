@@ -104,10 +104,11 @@ class Batcher:
         if not spans and not self._releases:
             assert not self._sequences, "sequences wait but none can be admitted"
             return None
-        plan = StepPlan(self._next_step, micro_batch, tuple(spans), tuple(self._releases))
-        self._releases.clear()
-        self._next_step += 1
-        return plan
+        return self._make_plan(spans, micro_batch)
+
+    def plan_releases(self) -> StepPlan | None:
+        """A step without rows that frees what waits for release; None when nothing does."""
+        return self._make_plan([], 0) if self._releases else None
 
     def sampled_rows(self, plan: StepPlan) -> list[tuple[Sequence, int]]:
         """(sequence, row) of every row of `plan` whose logits give the sequence's next token."""
@@ -146,6 +147,12 @@ class Batcher:
             if finish is not None:
                 self._remove(sequence)
         return finishes
+
+    def _make_plan(self, spans: list[Span], micro_batch: int) -> StepPlan:
+        plan = StepPlan(self._next_step, micro_batch, tuple(spans), tuple(self._releases))
+        self._releases.clear()
+        self._next_step += 1
+        return plan
 
     def _append_prompt_rows(self, spans: list[Span], sequence: Sequence, rows_left: int) -> int:
         num_rows = min(rows_left, sequence.prefill_target - sequence.num_computed)
