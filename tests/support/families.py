@@ -149,6 +149,9 @@ def tiny_model(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32) 
                     parameter.normal_(0.0, 1.5 / fan_in**0.5)
                 else:
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            if config.tie_word_embeddings:
+                # Else each token's own embedding wins the logits and greedy output repeats it.
+                model.get_input_embeddings().weight.mul_(0.3)
         model.tie_weights()
     return model.eval()
 
