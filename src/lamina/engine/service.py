@@ -69,7 +69,7 @@ class EngineService:
         try:
             self._start_engine()
         except LaminaError as error:
-            self._fail(error)
+            self._send(Failed(type(error).__name__, str(error)))  # whoever started us says it
             self._stop()
             return 1
         assert self._engine is not None
@@ -136,10 +136,10 @@ class EngineService:
         self._send(IntegrityReport(tuple(problems), tuple(executors)))
 
     def _fail(self, error: LaminaError) -> None:
+        assert self._engine is not None
         self._failed = True
         logger.error("the engine cannot serve: %s", error)
-        if self._engine is not None:
-            self._send(Outputs((), self._engine.stats()))
+        self._send(Outputs((), self._engine.stats()))
         self._send(Failed(type(error).__name__, str(error)))
 
     def _send(self, message: FromEngine) -> None:

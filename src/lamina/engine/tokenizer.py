@@ -22,10 +22,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         CheckpointError: the folder has no tokenizer, or one that cannot be read.
     """
-    from transformers import AutoTokenizer  # takes seconds; the engine's other half need not wait
-
     if not Path(path).is_dir():
         raise CheckpointError(f"there is no model folder {path}; give a Hugging Face checkpoint")
+    # It takes seconds to import, and the engine's other half need not wait.
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as log
+
+    verbosity = log.get_verbosity()
+    log.set_verbosity_error()  # of doubtful configs, which the engine's other half judges
     try:
         hf_tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # the readers below raise whatever their file format suggests
@@ -33,6 +37,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"cannot load a tokenizer from {path}: {_first_line(error)}; the folder needs "
             "tokenizer.json (or the model's own tokenizer files) and tokenizer_config.json"
         ) from error
+    finally:
+        log.set_verbosity(verbosity)
     return Tokenizer(hf_tokenizer)
 
 
