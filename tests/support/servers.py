@@ -127,9 +127,13 @@ class Server:
     """A `python -m lamina serve` process on a port that the system chose."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        """Start it in a session (and process group) of its own; does not wait."""
+        """Start it in a session (and process group) of its own; does not wait.
+
+        Args:
+            arguments: of `lamina serve`; a later --port replaces the one that is given here.
+        """
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lamina", "serve", *arguments, "--port", "0"],
+            [sys.executable, "-m", "lamina", "serve", "--port", "0", *arguments],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -183,6 +187,10 @@ class Server:
         (engine,) = [p for p in self.tree() if "lamina.engine.service" in p.command]
         return engine
 
+    @property
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
@@ -205,7 +213,7 @@ class Server:
             return self.wait()
         finally:
             for pid in [self.pid, *(p.pid for p in left if p.runs)]:
-                if self._process.poll() is None or pid != self.pid:
+                if self.runs or pid != self.pid:
                     os.kill(pid, signal.SIGKILL)
 
     def _read(self) -> None:

@@ -121,10 +121,12 @@ class ExecutorFleet:
                     self._control.send(self._names[executor], ShutdownWorker())
                 except PeerLost:
                     logger.debug("%s is gone already", self._names[executor])
-        deadline = time.monotonic() + _CLOSE_GRACE_S
-        for process in self._processes.values():
+        # After a loss the others may be waiting inside the step that was given up: only a signal
+        # reaches them. A lost one that still exists is stopped or stuck: SIGTERM may not reach it.
+        deadline = time.monotonic() + (0.0 if self._lost else _CLOSE_GRACE_S)
+        for executor, process in self._processes.items():
             process.join(max(0.0, deadline - time.monotonic()))
-            process.terminate(grace_s=1.0)
+            process.terminate(grace_s=0.0 if executor in self._lost else 1.0)
         for link in self._links.values():
             link.close()
         if self._control is not None:
