@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +15,14 @@ import pytest
 from lamina.config import EngineConfig
 from lamina.convert import convert
 from lamina.engine.client import AsyncEngine
+from lamina.errors import EngineDead
 from lamina.types import EngineRequest, FinishReason, SamplingParams
 from support.engines import run_all, running, tiny_config, tokens
-from support.servers import VOCAB_SIZE, save_served_model
+from support.servers import VOCAB_SIZE, descendants
 
 NUM_REQUESTS = 64
 PAGE_BYTES = 6 * 2 * 8 * 8 * 4 * 3
 """KV heads, k and v, head size, tokens, float32, layers of the tiny Llama."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_served_model(tmp_path_factory.mktemp("served"))
 
 
 def mixed_requests() -> list[tuple[list[int], SamplingParams]]:
@@ -58,9 +57,9 @@ def config_of(folder: Path, num_workers: int, **changes: Any) -> EngineConfig:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> list[list[int]]:
+def alone(served_folder: Path) -> list[list[int]]:
     """The tokens of each request run for itself, monolithic, with room for everything."""
-    with running(config_of(folder, 0), convert(folder)) as started:
+    with running(config_of(served_folder, 0), convert(served_folder)) as started:
         answers = []
         for prompt, sampling in mixed_requests():
             request = EngineRequest(
@@ -102,10 +101,10 @@ async def collect(engine: AsyncEngine, prompt: list[int], sampling: SamplingPara
     ],
 )
 def test_concurrent_requests_under_preemption(
-    num_workers: int, changes: dict[str, Any], folder: Path, alone: list[list[int]]
+    num_workers: int, changes: dict[str, Any], served_folder: Path, alone: list[list[int]]
 ) -> None:
     async def run() -> None:
-        engine = await AsyncEngine.start(config_of(folder, num_workers, **changes))
+        engine = await AsyncEngine.start(config_of(served_folder, num_workers, **changes))
         try:
             assert len(engine.stats.executors) == num_workers + 1
             answers = await asyncio.gather(*(collect(engine, *r) for r in mixed_requests()))
@@ -114,8 +113,9 @@ def test_concurrent_requests_under_preemption(
             await assert_sound(engine)
             await abort_some(engine)
             await assert_sound(engine)
+            await lose_a_worker(engine, f"attention-worker-{num_workers}")
         finally:
-            assert await engine.shutdown() == 0
+            assert await engine.shutdown() == 1
 
     asyncio.run(run())
 
@@ -143,3 +143,21 @@ async def abort_some(engine: AsyncEngine) -> None:
     assert reasons[0::3] == [None] * 6
     assert reasons[1::3] == [FinishReason.ABORT] * 5
     assert engine.num_unfinished == 0
+
+
+async def lose_a_worker(engine: AsyncEngine, name: str) -> None:
+    """While nothing runs, the engine notices as well."""
+    *_, victim = (
+        p
+        for p in descendants(os.getpid())
+        if p.name == name.replace("attention-worker", "lamina-attn")
+    )
+    os.kill(victim.pid, signal.SIGKILL)
+    start = time.monotonic()
+    while engine.health().ok and time.monotonic() - start < 2.0:
+        await asyncio.sleep(0.01)
+    assert name in engine.health().reason
+    with pytest.raises(EngineDead, match=name):
+        await collect(engine, [7], SamplingParams())
+    with pytest.raises(EngineDead, match=name):
+        await engine.check_integrity()

@@ -15,59 +15,35 @@ import httpx
 import pytest
 from transformers import BloomConfig
 
+from lamina.engine.start import start_engine
+from lamina.errors import CapacityError, ConfigError
+from support.engines import tiny_config
 from support.families import tiny_model
-from support.servers import (
-    MODEL_LEN,
-    VOCAB_SIZE,
-    Process,
-    Server,
-    save_served_model,
-    serving,
-)
+from support.servers import MODEL_LEN, VOCAB_SIZE, Process, Server
 
-KEY = "sesame"
 MODEL = "tiny"
 MEGABYTE = 10**6
 START_LIMIT_S = 40.0
 """Importing torch takes seconds, and the machine may be busy."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_served_model(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
-    with serving(
-        str(folder),
-        "--served-model-name", MODEL,
-        "--max-model-len", "64",
-        "--block-size", "8",
-        "--api-key", KEY,
-        "--num-threads", "1",
-        "--worker-num-threads", "1",
-    ) as server:  # fmt: skip
-        yield server
-
-
 @pytest.fixture
-def http(server: Server) -> Iterator[httpx.Client]:
+def http(monolith: Server, api_key: str) -> Iterator[httpx.Client]:
     """A client for one test, which looks whether the server still serves afterwards."""
-    with server.client(headers={"authorization": f"Bearer {KEY}"}) as http:
+    with monolith.client(headers={"authorization": f"Bearer {api_key}"}) as http:
         yield http
         request = {"model": MODEL, "prompt": "bak", "max_tokens": 3}
         answer = http.post("/v1/completions", json=request)
         assert answer.status_code == 200, answer.text
         assert http.get("/health").status_code == 200
-        assert not any(server.metric("lamina_kv_pages_used").values())
+        assert not any(monolith.metric("lamina_kv_pages_used").values())
 
 
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
         pytest.param(
-            {"prompt": [7] * 64}, "prompt", "64 tokens", id="prompt longer than the context"
+            {"prompt": [7] * 96}, "prompt", "96 tokens", id="prompt longer than the context"
         ),
         pytest.param({"max_tokens": -1}, "max_tokens", "-1", id="max_tokens of -1"),
         pytest.param({"temperature": float("nan")}, "temperature", "finite", id="temperature NaN"),
@@ -76,7 +52,7 @@ def http(server: Server) -> Iterator[httpx.Client]:
         pytest.param({"stop": {"type": "regex"}}, "stop", "", id="stop as an object"),
         pytest.param({"prompt": [VOCAB_SIZE * 99]}, "prompt", "id", id="unknown token id"),
         pytest.param({"n": 100_000}, "n", "128", id="n too large"),
-        pytest.param({"prompt": "x" * 3 * MEGABYTE}, "prompt", "64", id="very long prompt"),
+        pytest.param({"prompt": "x" * 3 * MEGABYTE}, "prompt", "96", id="very long prompt"),
     ],
 )
 def test_wrong_values(
@@ -110,9 +86,9 @@ def test_body_of_10_megabytes(http: httpx.Client) -> None:
     assert "4194304" in answer.json()["error"]["message"]
 
 
-def test_wrong_api_key(http: httpx.Client, server: Server) -> None:
-    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}):
-        with server.client(headers=headers) as stranger:
+def test_wrong_api_key(http: httpx.Client, monolith: Server, api_key: str) -> None:
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": api_key}):
+        with monolith.client(headers=headers) as stranger:
             answer = stranger.post("/v1/completions", json={"model": MODEL, "prompt": "bak"})
             assert answer.status_code == 401
             assert "API key" in answer.json()["error"]["message"]
@@ -141,11 +117,6 @@ CASES: dict[str, Case] = {
         "ConfigError",
         ("4 attention workers", "1 or 2 or 3 or 6"),
     ),
-    "more workers than requests": Case(
-        ("MODEL", "--attention-workers", "4", "--max-num-seqs", "3"),
-        "ConfigError",
-        ("attention_workers", "4", "max_num_seqs"),
-    ),
     "no attention worker": Case(
         ("MODEL", "--attention-workers", "0"), "ConfigError", ("attention_workers", "local")
     ),
@@ -153,16 +124,6 @@ CASES: dict[str, Case] = {
         ("MODEL", "--attention-workers", "2", "--attention-memory", "1KiB"),
         "CapacityError",
         ("1024 bytes", "one page"),
-    ),
-    "memory below the context": Case(
-        ("MODEL", "--attention-memory", "100KiB", "--max-model-len", "512"),
-        "CapacityError",
-        ("max_model_len", "512"),
-    ),
-    "context over the model's": Case(
-        ("MODEL", "--max-model-len", str(MODEL_LEN + 1)),
-        "ConfigError",
-        ("max_model_len", str(MODEL_LEN), str(MODEL_LEN + 1)),
     ),
     "memory that is no size": Case(
         ("MODEL", "--attention-memory", "much"), "ConfigError", ("attention_memory", "much")
@@ -192,7 +153,9 @@ def refuse(arguments: tuple[str, ...]) -> Refusal:
         seen.update(server.tree())
         time.sleep(0.1)
     seconds = time.monotonic() - start
-    time.sleep(0.5)  # for the fork server, which ends when it notices
+    # The fork server notices that it is alone only once it has imported torch.
+    while any(process.runs for process in seen) and time.monotonic() - start < START_LIMIT_S:
+        time.sleep(0.05)
     orphans = [process for process in seen if process.runs]
     return Refusal(server.stop(), server.stderr, seconds, orphans)
 
@@ -205,11 +168,11 @@ def taken_port() -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def refusals(
-    folder: Path, taken_port: int, tmp_path_factory: pytest.TempPathFactory
+    served_folder: Path, taken_port: int, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[Refusal]]]:
     """All cases, two at a time."""
-    words = broken_models(folder, tmp_path_factory.mktemp("broken"))
-    words |= {"MODEL": str(folder), "TAKEN_PORT": str(taken_port)}
+    words = broken_models(served_folder, tmp_path_factory.mktemp("broken"))
+    words |= {"MODEL": str(served_folder), "TAKEN_PORT": str(taken_port)}
     with ThreadPoolExecutor(2) as pool:
         yield {
             name: pool.submit(refuse, tuple(words.get(word, word) for word in case.arguments))
@@ -245,9 +208,45 @@ def test_server_that_cannot_start(name: str, refusals: dict[str, Future[Refusal]
         assert words in lines[0]
 
 
-def test_unknown_option_value(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("num_workers", "changes", "error", "words"),
+    [
+        pytest.param(
+            4, {"max_num_seqs": 3}, ConfigError, "attention_workers=4 .* max_num_seqs",
+            id="more workers than requests",
+        ),
+        pytest.param(
+            3, {"max_model_len": MODEL_LEN + 1}, ConfigError, f"max_model_len .* {MODEL_LEN},",
+            id="context over the model's",
+        ),
+        pytest.param(
+            1, {"attention_memory_bytes": 100_000}, CapacityError, "max_model_len",
+            id="memory below the context",
+        ),
+        pytest.param(
+            0, {"attention_memory_bytes": 1024}, CapacityError, "1024 bytes .* one page",
+            id="memory below one page, monolithic",
+        ),
+        pytest.param(
+            2, {"local_memory_bytes": 1024}, CapacityError, "local memory of 1024 bytes",
+            id="memory below one page, for prompts",
+        ),
+    ],
+)  # fmt: skip
+def test_engine_that_cannot_start(
+    num_workers: int,
+    changes: dict[str, Any],
+    error: type[Exception],
+    words: str,
+    served_folder: Path,
+) -> None:
+    with pytest.raises(error, match=words):
+        start_engine(tiny_config(served_folder, num_workers, **changes))
+
+
+def test_unknown_option_value(served_folder: Path) -> None:
     """The command line's own refusal: it shows the choices and how to get help."""
-    refusal = refuse((str(folder), "--dtype", "float8"))
+    refusal = refuse((str(served_folder), "--dtype", "float8"))
     assert refusal.exit_code == 2
     assert "--dtype" in refusal.stderr
     assert "float8" in refusal.stderr

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import openai
 import pytest
 
-from support.servers import Process, Server, save_served_model, serving, wait_until
+from support.servers import Process, Server, serving, wait_until
 
 MODEL = "tiny"
 NUM_STREAMS = 4
@@ -26,16 +26,11 @@ LIMIT_S = 2.0
 HEARTBEAT_TIMEOUT_S = 1.0
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_served_model(tmp_path_factory.mktemp("served"))
-
-
 @pytest.fixture
-def server(folder: Path) -> Iterator[Server]:
+def server(served_folder: Path) -> Iterator[Server]:
     """A server of its own for every test: none survives its test."""
     with serving(
-        str(folder),
+        str(served_folder),
         "--served-model-name", MODEL,
         "--attention-workers", "2",
         "--heartbeat-timeout-s", str(HEARTBEAT_TIMEOUT_S),
@@ -136,13 +131,6 @@ def assert_stops(server: Server, processes: list[Process], exit_code: int) -> No
     assert "Traceback" not in server.stderr
 
 
-def test_idle_server_stops_at_once(server: Server) -> None:
-    processes = server.tree()
-    assert [p.name for p in server.attention_workers()] == ["lamina-attn-1", "lamina-attn-2"]
-    assert_stops(server, processes, exit_code=0)
-    assert server.stderr.count("\n") == 1, "nothing but the line that says where it serves"
-
-
 def test_killed_attention_worker(server: Server) -> None:
     processes, (_, victim) = server.tree(), server.attention_workers()
     streams = Streams(server)
@@ -160,15 +148,6 @@ def test_stopped_attention_worker(server: Server) -> None:
     start = time.monotonic()
     os.kill(victim.pid, signal.SIGSTOP)
     assert_ends(streams, start, "attention-worker-1", "heartbeat")
-    assert_refuses(server, "attention-worker-1")
-    assert_stops(server, processes, exit_code=1)
-
-
-def test_attention_worker_killed_while_idle(server: Server) -> None:
-    processes, (victim, _) = server.tree(), server.attention_workers()
-    os.kill(victim.pid, signal.SIGKILL)
-    with server.client() as http:
-        wait_until(lambda: http.get("/health").status_code == 503, LIMIT_S)
     assert_refuses(server, "attention-worker-1")
     assert_stops(server, processes, exit_code=1)
 

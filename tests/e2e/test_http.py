@@ -12,39 +12,24 @@ import openai
 import pytest
 from openai.types import Completion
 
-from support.servers import Server, save_served_model, serving, wait_until
+from support.servers import Server, serving, wait_until
 
 MODEL = "tiny"
 MAX_MODEL_LEN = 96
-ARGUMENTS = (
-    "--served-model-name", MODEL,
-    "--block-size", "8",
-    "--max-num-seqs", "16",
-    "--max-num-batched-tokens", "32",
-    "--max-model-len", str(MAX_MODEL_LEN),
-    "--num-threads", "1",
-    "--worker-num-threads", "1",
-)  # fmt: skip
 MEMORY = "110KiB"
 """24 pages of 8 tokens: two sequences of full length. 16 are admitted long before they are long."""
 PROMPT = "bakdelfit"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_served_model(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
-    with serving(
-        str(folder), *ARGUMENTS, "--attention-workers", "2", "--attention-memory", MEMORY
-    ) as server:
+def server(served_folder: Path, served_options: tuple[str, ...]) -> Iterator[Server]:
+    workers = ("--attention-workers", "2", "--attention-memory", MEMORY)
+    with serving(str(served_folder), *served_options, *workers) as server:
         yield server
 
 
-def client_of(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=120.0)
+def client_of(server: Server, api_key: str = "-") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=api_key, max_retries=0, timeout=120.0)
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +72,19 @@ def assert_no_pages_used(server: Server) -> None:
     wait_until(lambda: not any(server.metric("lamina_kv_pages_used").values()), 2.0)
 
 
+def run_all(client: openai.OpenAI, requests: list[dict[str, Any]]) -> list[Completion]:
+    """All at the same time."""
+    with ThreadPoolExecutor(len(requests)) as pool:
+        return list(pool.map(lambda request: client.completions.create(**request), requests))
+
+
 def test_concurrent_answers_equal_sequential_ones_under_preemption(
-    server: Server, client: openai.OpenAI, folder: Path
+    server: Server, client: openai.OpenAI, monolith: Server, api_key: str
 ) -> None:
     requests = mixed_requests(64)
     alone = [client.completions.create(**request) for request in requests]
     assert server.metric("lamina_preemptions_total") == {"": 0}
-    with ThreadPoolExecutor(len(requests)) as pool:
-        together = list(pool.map(lambda request: client.completions.create(**request), requests))
+    together = run_all(client, requests)
     assert server.metric("lamina_preemptions_total")[""] > 0
     assert [gist(a) for a in together] == [gist(a) for a in alone]
     assert [a.usage for a in together] == [a.usage for a in alone]
@@ -104,13 +94,10 @@ def test_concurrent_answers_equal_sequential_ones_under_preemption(
         )
     assert_no_pages_used(server)
     assert server.metric("lamina_requests_running") == {"": 0}
-    with serving(str(folder), *ARGUMENTS, "--attention", "local") as monolith:
-        some = requests[::5]
-        with client_of(monolith) as local, ThreadPoolExecutor(len(some)) as pool:
-            answers = list(pool.map(lambda request: local.completions.create(**request), some))
-        assert [gist(a) for a in answers] == [gist(a) for a in alone[::5]]
-        assert set(monolith.metric("lamina_kv_pages_used").values()) == {0}
-        assert monolith.tree() == [monolith.engine()], "no worker, no fork server"
+    with client_of(monolith, api_key) as local:
+        assert [gist(a) for a in run_all(local, requests)] == [gist(a) for a in alone]
+    assert monolith.tree() == [monolith.engine()], "no worker, no fork server"
+    assert not any(monolith.metric("lamina_kv_pages_used").values())
 
 
 def test_completion_stream(client: openai.OpenAI) -> None:

@@ -30,6 +30,7 @@ _CHAT_TEMPLATE = (
 _SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 _START_TIMEOUT_S = 90.0
 _STOP_TIMEOUT_S = 30.0
+_VANISH_TIMEOUT_S = 2.0
 
 
 def save_served_model(folder: Path) -> Path:
@@ -206,15 +207,13 @@ class Server:
         return code
 
     def stop(self) -> int:
-        """SIGTERM, and SIGKILL for whatever is left; the exit code."""
-        left = self.tree()
+        """SIGTERM, and SIGKILL if that does not end it; the exit code."""
+        self._process.terminate()
         try:
-            self._process.terminate()
             return self.wait()
-        finally:
-            for pid in [self.pid, *(p.pid for p in left if p.runs)]:
-                if self.runs or pid != self.pid:
-                    os.kill(pid, signal.SIGKILL)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
 
     def _read(self) -> None:
         assert self._process.stderr is not None
@@ -230,10 +229,18 @@ class Server:
 
 @contextmanager
 def serving(*arguments: str) -> Iterator[Server]:
-    """A server that is ready; in the end it is stopped and nothing of it may be left."""
+    """A server that is ready. In the end it must stop at once and leave nothing behind."""
     server = Server(arguments)
     try:
         server.wait_until_ready()
         yield server
-    finally:
+    except BaseException:
         server.stop()
+        raise
+    tree, was_running, start = server.tree(), server.runs, time.monotonic()
+    code = server.stop()
+    if was_running:
+        assert code == 0, server.stderr
+        assert server.stderr.count("\n") == 1, f"more than the ready line:\n{server.stderr}"
+    wait_until(lambda: not any(process.runs for process in tree), _VANISH_TIMEOUT_S)
+    assert time.monotonic() - start < _VANISH_TIMEOUT_S, "it was idle"
