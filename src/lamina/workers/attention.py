@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from lamina.attention.executor import AttentionExecutor
-from lamina.errors import DeadlineExceeded, LaminaError, PeerLost
+from lamina.errors import DeadlineExceeded, LaminaError
 from lamina.transport.control_client import ControlClient, Incoming
 from lamina.transport.join_token import JoinToken
 from lamina.transport.tcp import connect
@@ -54,11 +54,19 @@ def run_attention_worker(start: WorkerStart) -> None:
     """Serve until the engine says stop; the body of the worker's process.
 
     Raises:
-        LaminaError: the engine refused, is gone, or broke the protocol. The engine was told why
-            where it can still hear it.
+        SystemExit: the engine refused, is gone, or broke the protocol. It was told why where it can
+            still hear it.
     """
-    deadline = time.monotonic() + start.startup_timeout_s
     _show_name(start.name)
+    try:
+        _join_and_serve(start)
+    except LaminaError as error:
+        logger.error("%s stops: %s", start.name, error)
+        raise SystemExit(1) from None
+
+
+def _join_and_serve(start: WorkerStart) -> None:
+    deadline = time.monotonic() + start.startup_timeout_s
     join = Join(
         name=start.name,
         pid=os.getpid(),
@@ -70,12 +78,9 @@ def run_attention_worker(start: WorkerStart) -> None:
     control = ControlClient(start.address, JoinToken.parse(start.token), join, deadline=deadline)
     try:
         _Worker(control, deadline).serve()
-    except PeerLost as error:
+    except Exception as error:  # whatever it is, the engine must learn of it
         if control.engine_lost is None:
             control.send(WorkerError(type(error).__name__, str(error)))
-        raise
-    except Exception as error:
-        control.send(WorkerError(type(error).__name__, str(error)))
         raise
     finally:
         control.close()
