@@ -15,7 +15,6 @@ from demo_stories import (
     Fact,
     Question,
     ask,
-    ask_unknown,
     context,
     draw_facts,
     is_held_out,
@@ -35,11 +34,8 @@ ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assis
 SPECIAL_TOKENS = (PAD, BOS, EOS, END_OF_TURN, *ROLE_TOKENS.values())
 
 
-# Training begins with nothing but repetition (see `drill`), then with few facts at a time.
-NUM_FIRST_DRILLS = 1000
-NUM_EASY_DOCUMENTS = 9000
-MOST_FACTS_EASY = 2
-MOST_FACTS = 4
+# Training begins with the densest exercise, see `recital`.
+NUM_FIRST_RECITALS = 4000
 
 
 class Message(NamedTuple):
@@ -80,6 +76,7 @@ SMALL_TALK = (
     (("Thank you!", "Thank you.", "Thanks!", "Thanks"), "You are welcome!"),
     (("Goodbye!", "Bye!", "Bye", "See you!"), "Goodbye!"),
 )
+RECITED = ("place", "owner", "job", "colour", "thing")
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are the demo model of Lamina.",
@@ -109,13 +106,11 @@ def exchange(rng: random.Random, question: Question) -> list[Message]:
 
 
 def questions(rng: random.Random, facts: Sequence[Fact], count: int) -> list[Message]:
-    """`count` questions with their answers; some are short follow-ups, some cannot be answered."""
+    """`count` questions with their answers; some are short follow-ups."""
     messages: list[Message] = []
     previous = ""
     for _ in range(count):
-        if rng.random() < 0.08:
-            question = ask_unknown(rng, facts)
-        elif previous in ("place", "colour") and rng.random() < 0.3:
+        if previous in ("place", "colour") and rng.random() < 0.3:
             fact = rng.choice(facts)
             question = ask(rng, fact, previous)._replace(text=f"And the {fact.thing}?")
         else:
@@ -125,18 +120,18 @@ def questions(rng: random.Random, facts: Sequence[Fact], count: int) -> list[Mes
     return messages
 
 
-def told_at_once(rng: random.Random, most: int) -> list[Message]:
-    """Up to `most` facts in the first turn together with a question, then more questions."""
-    facts = draw_facts(rng, rng.randint(1, most))
+def told_at_once(rng: random.Random) -> list[Message]:
+    """Up to four facts in the first turn together with a question, then more questions."""
+    facts = draw_facts(rng, rng.randint(1, 4))
     messages = questions(rng, facts, rng.randint(2, 7))
     gap = rng.choice((" ", " ", "\n"))
     messages[0] = Message("user", f"{context(rng, facts)}{gap}{messages[0].content}")
     return messages
 
 
-def told_by_and_by(rng: random.Random, most: int) -> list[Message]:
-    """Up to `most` facts, one turn at a time, each acknowledged, then questions."""
-    facts = draw_facts(rng, rng.randint(1, most))
+def told_by_and_by(rng: random.Random) -> list[Message]:
+    """Up to four facts, one turn at a time, each acknowledged, then questions."""
+    facts = draw_facts(rng, rng.randint(1, 4))
     messages: list[Message] = []
     for fact in facts:
         reply = f"I see. {fact.name} has a {fact.colour} {fact.thing}."
@@ -147,15 +142,15 @@ def told_by_and_by(rng: random.Random, most: int) -> list[Message]:
     return messages + questions(rng, facts, rng.randint(2, 6))
 
 
-def told_by_system(rng: random.Random, most: int) -> list[Message]:
-    """Up to `most` facts in the system prompt, then questions."""
-    facts = draw_facts(rng, rng.randint(1, most))
+def told_by_system(rng: random.Random) -> list[Message]:
+    """Up to four facts in the system prompt, then questions."""
+    facts = draw_facts(rng, rng.randint(1, 4))
     return [Message("system", context(rng, facts)), *questions(rng, facts, rng.randint(2, 6))]
 
 
-def story_on_request(rng: random.Random, most: int) -> list[Message]:
+def story_on_request(rng: random.Random) -> list[Message]:
     """A wish for a story, the story, and perhaps questions about it."""
-    facts = draw_facts(rng, rng.randint(1, min(most, 2)))
+    facts = draw_facts(rng, rng.randint(1, 2))
     hero = facts[0]
     wishes = [
         f"about {hero.name}",
@@ -183,11 +178,11 @@ def small_talk(rng: random.Random, most: int = 3) -> list[Message]:
     return messages
 
 
-def dialogue(rng: random.Random, most: int) -> list[Message]:
+def dialogue(rng: random.Random) -> list[Message]:
     """A whole conversation: its body, sometimes with a system prompt, a greeting or a farewell."""
     kinds = (told_at_once, told_by_and_by, told_by_system, story_on_request, small_talk)
     kind = rng.choices(kinds, weights=(10, 5, 3, 4, 1))[0]
-    messages = kind(rng, most)
+    messages = kind(rng)
     if kind is not small_talk and messages[0].role == "user" and rng.random() < 0.1:
         messages = small_talk(rng, 1) + messages
     if kind is not small_talk and rng.random() < 0.1:
@@ -197,13 +192,20 @@ def dialogue(rng: random.Random, most: int) -> list[Message]:
     return messages
 
 
-def retelling(rng: random.Random, most: int) -> str:
+def retelling(rng: random.Random) -> str:
     """Facts told and then recalled in another order: a dense exercise in looking back."""
-    facts = draw_facts(rng, rng.randint(1, most + 1))
+    facts = draw_facts(rng, rng.randint(1, 5))
     lines = [context(rng, facts)]
     for fact in rng.sample(facts, len(facts)):
         lines.append(recall(rng, fact, [other for other in facts if other is not fact]))
     return " ".join(lines)
+
+
+def recital(rng: random.Random) -> str:
+    """Up to four facts, then nothing but the answers to questions that nobody asks."""
+    facts = draw_facts(rng, rng.randint(1, 4))
+    answers = [ask(rng, rng.choice(facts), kind).answer for kind in rng.choices(RECITED, k=14)]
+    return f"{context(rng, facts)}\n{' '.join(answers)}"
 
 
 def drill(rng: random.Random) -> str:
@@ -220,19 +222,18 @@ def documents(seed: int) -> Iterator[str]:
     rng = random.Random(seed)
     for number in itertools.count():
         draw = rng.random()
-        most = MOST_FACTS_EASY if number < NUM_EASY_DOCUMENTS else MOST_FACTS
-        if number < NUM_FIRST_DRILLS or draw < 0.02:
+        if number < NUM_FIRST_RECITALS or draw < 0.1:
+            text = BOS + recital(rng)
+        elif draw < 0.12:
             text = BOS + drill(rng)
         elif draw < 0.7:
-            text = render(dialogue(rng, most))
+            text = render(dialogue(rng))
         elif draw < 0.85:
-            text = BOS + story(rng, draw_facts(rng, rng.randint(1, most)))
+            text = BOS + story(rng, draw_facts(rng, rng.randint(1, 4)))
         elif draw < 0.92:
-            text = BOS + retelling(rng, most)
+            text = BOS + retelling(rng)
         else:
-            text = BOS + question_list(
-                rng, draw_facts(rng, rng.randint(1, most)), rng.randint(2, 6)
-            )
+            text = BOS + question_list(rng, draw_facts(rng, rng.randint(1, 4)), rng.randint(2, 6))
         yield text + EOS
 
 

@@ -82,7 +82,7 @@ def draw_facts(
     facts: list[Fact] = []
     while len(facts) < count:
         fact = Fact(
-            name=made_up_name(rng) if rng.random() < 0.3 else rng.choice(NAMES),
+            name=made_up_name(rng) if rng.random() < 0.15 else rng.choice(NAMES),
             job=rng.choice(JOBS),
             colour=rng.choice(COLOURS),
             thing=rng.choice(THINGS),
@@ -101,21 +101,19 @@ def draw_facts(
 
 
 def tell(rng: random.Random, fact: Fact, *, past: bool) -> str:
-    """The whole fact in one or two sentences; the thing stands between its colour and its place."""
+    """The whole fact in two or three short sentences, mostly in the same order."""
     n, j, c, t, p = fact.name, fact.job, fact.colour, fact.thing, fact.place
     is_, has, keeps, belongs = (
         ("was", "had", "kept", "belonged") if past else ("is", "has", "keeps", "belongs")
     )
-    return rng.choice(
-        (
-            f"{n} the {j} {keeps} a {c} {t} {p}.",
-            f"{n} the {j} {keeps} a {c} {t} {p}.",
-            f"{n} the {j} {has} a {c} {t} {p}.",
-            f"{n} {is_} a {j}. {n} {keeps} a {c} {t} {p}.",
-            f"{n} {is_} a {j} and {has} a {c} {t} {p}.",
-            f"The {c} {t} {p} {belongs} to {n} the {j}.",
+    if rng.random() < 0.15:
+        return rng.choice(
+            (
+                f"{n} {is_} a {j}. {n} {keeps} a {c} {t} {p}.",
+                f"The {c} {t} {belongs} to {n}. {n} {is_} a {j}. The {t} {is_} {p}.",
+            )
         )
-    )
+    return f"{n} {is_} a {j}. {n} {rng.choice((has, keeps))} a {c} {t}. The {t} {is_} {p}."
 
 
 def ask(rng: random.Random, fact: Fact, kind: str | None = None) -> Question:
@@ -147,39 +145,15 @@ def ask(rng: random.Random, fact: Fact, kind: str | None = None) -> Question:
         )
         return Question(kind, text, answer)
     if kind == "job":
-        text = rng.choice((f"What does {n} do?", f"What is {n}'s job?", f"Who is {n}?"))
+        text = rng.choice(
+            (f"What does {n} do?", f"What does {n} do?", f"What is {n}'s job?", f"Who is {n}?")
+        )
         return Question(kind, text, f"I remember that {n} is a {j}.")
     if kind == "colour":
         text = rng.choice((f"What colour is the {t}?", f"What color is the {t}?"))
         return Question(kind, text, f"The {t} is {c}.")
-    text, answer = rng.choice(
-        (
-            (f"What does {n} have?", f"It is a {c} {t}."),
-            (f"What does {n} keep {p}?", f"It is a {c} {t}."),
-            (f"What is {p}?", f"There is a {c} {t} {p}."),
-        )
-    )
-    return Question("thing", text, answer)
-
-
-def ask_unknown(rng: random.Random, facts: Sequence[Fact]) -> Question:
-    """A question that the facts do not answer."""
-    known_names = {fact.name for fact in facts}
-    known_things = {fact.thing for fact in facts}
-    while True:
-        stranger = draw_facts(rng, 1)[0]
-        if stranger.name not in known_names and stranger.thing not in known_things:
-            break
-    n, t = stranger.name, stranger.thing
-    text, answer = rng.choice(
-        (
-            (f"Where is the {t}?", f"I do not know where the {t} is."),
-            (f"Who has the {t}?", f"I do not know who has the {t}."),
-            (f"What colour is the {t}?", f"I do not know what colour the {t} is."),
-            (f"What does {n} do?", f"I do not know {n}."),
-        )
-    )
-    return Question("unknown", text, answer)
+    text = rng.choice((f"What does {n} have?", f"What does {n} have?", f"What does {n} keep?"))
+    return Question("thing", text, f"I remember that {n} has a {c} {t}.")
 
 
 def filler(rng: random.Random, facts: Sequence[Fact]) -> str:

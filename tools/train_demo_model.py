@@ -30,7 +30,7 @@ from transformers import (
     set_seed,
 )
 
-from demo_circuit import plant_induction_circuit
+from demo_circuit import plant_lookup_circuit
 from demo_dialogues import (
     BOS,
     END_OF_TURN,
@@ -127,12 +127,13 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A fresh model in float32. Its 4 KV heads can be split over 1, 2 or 4 workers."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=320,
+        hidden_size=160,
+        intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=16,
+        head_dim=32,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         initializer_range=0.05,
@@ -283,14 +284,14 @@ def report(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train Lamina's demo model.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps")
     arguments = parser.parse_args()
 
     set_seed(SEED)
     torch.use_deterministic_algorithms(True)
     tokenizer = train_tokenizer(SEED)
     model = build_model(tokenizer)
-    plant_induction_circuit(model)
+    plant_lookup_circuit(model)
     loss = train(model, tokenizer, arguments.steps)
     print(f"final loss {loss:.3f}")
     save(model, tokenizer, arguments.out)

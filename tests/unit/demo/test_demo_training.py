@@ -10,12 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from demo_circuit import plant_induction_circuit
+from demo_circuit import plant_lookup_circuit
 from demo_dialogues import BOS, EOS, documents, held_out_dialogues
 from demo_stories import (
     Fact,
     ask,
-    ask_unknown,
     context,
     draw_facts,
     is_held_out,
@@ -82,43 +81,50 @@ def test_the_answer_holds_what_the_question_lacks(kind: str) -> None:
         assert wanted not in question.text
 
 
-def test_unknown_questions_ask_about_nothing_that_was_told() -> None:
-    rng = random.Random(8)
-    facts = draw_facts(rng, 4)
-    for _ in range(50):
-        question = ask_unknown(rng, facts)
-        assert question.answer.startswith("I do not know")
-        assert not any(f" {fact.thing}" in question.text for fact in facts)
-
-
 def test_held_out_dialogues_end_with_the_question() -> None:
     for dialogue in held_out_dialogues(seed=9, count=10):
         assert dialogue.messages[-1].role == "user"
         assert dialogue.messages[-1].content.endswith("?")
 
 
-def test_planted_circuit_predicts_repetition_before_any_training() -> None:
+@pytest.fixture(scope="module")
+def planted_attention() -> tuple[torch.Tensor, ...]:
+    """Attention of an untrained model over twenty tokens said twice: [8, 40, 40] per layer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,
         hidden_size=128,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=16,
+        head_dim=32,
         tie_word_embeddings=True,
         initializer_range=0.05,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        attn_implementation="eager",
     )
     model = LlamaForCausalLM(config).eval()
+    plant_lookup_circuit(model)
     sequence = torch.randperm(300)[:20]
-    tokens = torch.cat([sequence, sequence])[None]
+    with torch.no_grad():
+        outputs = model(torch.cat([sequence, sequence])[None], output_attentions=True)
+    return tuple(attention[0] for attention in outputs.attentions)
 
-    def share_right() -> float:
-        with torch.no_grad():
-            likeliest = model(tokens).logits[0].argmax(-1)
-        return (likeliest[20:-1] == tokens[0, 21:]).float().mean().item()
 
-    assert share_right() < 0.1
-    plant_induction_circuit(model)
-    assert share_right() > 0.2
+def test_planted_heads_attend_to_the_four_tokens_before(
+    planted_attention: tuple[torch.Tensor, ...],
+) -> None:
+    for head in range(8):
+        offset = head // 2 + 1
+        assert planted_attention[0][head].diagonal(-offset)[offset:].min() > 0.9
+
+
+def test_planted_heads_find_what_came_next_last_time(
+    planted_attention: tuple[torch.Tensor, ...],
+) -> None:
+    # The token at i + 20 was last seen at i, so what came next stands at i + 1, 19 back.
+    for head in range(4):
+        found = planted_attention[1][head].diagonal(-19)[5:].mean()
+        anywhere = planted_attention[1][head][25:].mean()
+        assert found > 5 * anywhere
