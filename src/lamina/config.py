@@ -13,6 +13,13 @@ import msgspec
 
 from lamina.errors import ConfigError
 
+THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Defaults for the environment of processes that compute, to be set before torch is imported.
+
+Threads that are done wait in the kernel instead of spinning. Model worker and attention workers
+take turns on the same cores; a spinning thread of one would keep the other from its own.
+"""
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
           "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
 

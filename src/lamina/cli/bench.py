@@ -20,7 +20,8 @@ from lamina.bench.shapes import SHAPES, write_shape
 from lamina.errors import ConfigError
 
 if TYPE_CHECKING:  # torch takes seconds to import, which no other command should wait for
-    from lamina.bench.decode import Figure, Subject
+    from lamina.bench.decode import Figure
+    from lamina.bench.subjects import SubjectProcess
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
@@ -47,8 +48,6 @@ def decode(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Decode tokens per second of a shape with random bf16 weights, deployments side by side."""
-    import torch
-
     from lamina.bench.decode import measure
 
     if shape not in SHAPES:
@@ -56,7 +55,6 @@ def decode(
     batches, contexts = _numbers(batch, "batch"), _numbers(context, "context")
     deployments = _numbers(attention_workers, "attention_workers")
     threads = threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
     length = max(contexts) + turns * steps + 8
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -87,22 +85,20 @@ def _subjects(
     batch: int,
     length: int,
     threads: int,
-) -> Iterator[list[Subject]]:
-    import torch
+) -> Iterator[list[SubjectProcess]]:
+    from lamina.bench.decode import lamina_config
+    from lamina.bench.subjects import lamina_subject, transformers_subject
 
-    from lamina.bench.decode import LaminaSubject, TransformersSubject, lamina_config
-
-    subjects: list[Subject] = []
+    subjects: list[SubjectProcess] = []
     try:
         for count in deployments:
-            config = lamina_config(folder, num_workers=count, batch=batch, length=length)
-            config = msgspec.structs.replace(
-                config, num_threads=threads, worker_num_threads=threads
-            )
             name = f"lamina, {count} workers" if count else "lamina, monolithic"
-            subjects.append(LaminaSubject(name, config))
+            config = lamina_config(
+                folder, num_workers=count, batch=batch, length=length, num_threads=threads
+            )
+            subjects.append(lamina_subject(name, config))
         if transformers:
-            subjects.append(TransformersSubject(str(folder), torch.bfloat16))
+            subjects.append(transformers_subject(str(folder), threads))
         yield subjects
     finally:
         for subject in subjects:
@@ -135,7 +131,7 @@ def _table(shape: str, threads: int, figures: list[Figure]) -> Table:
             f"{f.tokens_per_s:.1f}",
             f"{f.tokens_per_s_low:.1f}-{f.tokens_per_s_high:.1f}",
             f"{f.step_ms:.1f}",
-            f"{f.ratio:.2f}",
+            f"{f.ratio:.2f} ({f.ratio_low:.2f}-{f.ratio_high:.2f})",
             f"{f.prefill_tokens_per_s:.0f}",
         )
     return table

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import Sequence
+
+from lamina.config import THREAD_ENVIRONMENT
 
 _TERMINATE_S = 2.0
 """How long the process has between SIGTERM and SIGKILL."""
@@ -25,7 +28,10 @@ class EngineProcess:
         Its standard output joins the errors: ours belongs to whoever uses the engine.
         """
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.PIPE, stdout=2
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=2,
+            env={**THREAD_ENVIRONMENT, **os.environ},
         )
         assert process.stdin is not None
         with contextlib.suppress(ConnectionError):  # it is gone already; `wait` tells

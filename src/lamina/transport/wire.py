@@ -106,7 +106,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Assign(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What the worker is to serve: it allocates, answers Assigned and connects the tensor channel."""
+    """What the worker is to serve: it allocates, answers Assigned, connects the tensor channel."""
 
     executor: int
     """The worker's executor id."""

@@ -1,0 +1,184 @@
+"""What decode benchmarks compare, each subject in a process of its own, all alive together."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import torch
+
+from lamina.config import THREAD_ENVIRONMENT, EngineConfig
+from lamina.engine.start import StartedEngine, start_engine
+from lamina.errors import EngineDead
+from lamina.types import EngineRequest, SamplingParams
+from lamina.workers.process import limit_threads
+
+PREFILL_ROWS = 512
+"""Rows of one prefill step, for every subject."""
+
+
+class Subject(Protocol):
+    """Something that decodes."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> float:
+        """Compute the prompts, forgetting earlier ones; returns seconds."""
+
+    def decode(self, num_steps: int) -> float:
+        """Generate `num_steps` tokens for every prompt, greedily; returns seconds."""
+
+    def close(self) -> None:
+        """Stop processes and free memory."""
+
+
+class LaminaSubject:
+    """An engine in this process, its remote workers in their own."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._started: StartedEngine = start_engine(config)
+        self._round = 0
+        self._names: list[str] = []
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> float:
+        engine = self._started.engine
+        for name in self._names:
+            engine.abort(name)
+        self._round += 1
+        self._names = [f"{self._round}-{index}" for index in range(len(prompts))]
+        sampling = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+        start = time.perf_counter()
+        for name, prompt in zip(self._names, prompts, strict=True):
+            engine.add(
+                EngineRequest(
+                    request_id=name, prompt_token_ids=tuple(prompt), sampling=sampling, seed=0
+                )
+            )
+        waiting = set(self._names)
+        while waiting:
+            waiting -= {output.request_id for output in engine.step() if output.token_ids}
+        return time.perf_counter() - start
+
+    def decode(self, num_steps: int) -> float:
+        engine = self._started.engine
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            outputs = engine.step()
+            assert len(outputs) == len(self._names), "every sequence must yield one token per step"
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        self._started.close()
+
+
+class TransformersSubject:
+    """transformers with SDPA and its own dynamic cache, random bfloat16 weights."""
+
+    def __init__(self, folder: str, num_threads: int) -> None:
+        import transformers
+
+        limit_threads(num_threads)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model: Any = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+        self._model = model.eval()
+        self._cache: Any = None
+        self._last = torch.empty(0)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> float:
+        from transformers import DynamicCache
+
+        start = time.perf_counter()
+        ids = torch.tensor(prompts)
+        self._cache = DynamicCache()
+        step = max(1, PREFILL_ROWS // len(prompts))
+        for part in torch.split(ids, step, 1):
+            logits = self._model(part, past_key_values=self._cache, logits_to_keep=1).logits
+        self._last = logits[:, -1:].argmax(-1)
+        return time.perf_counter() - start
+
+    @torch.inference_mode()
+    def decode(self, num_steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            logits = self._model(self._last, past_key_values=self._cache).logits
+            self._last = logits[:, -1:].argmax(-1)
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        self._model = self._cache = None
+
+
+class SubjectProcess:
+    """A subject in a process of its own, with its own threads and environment."""
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[..., Subject],
+        arguments: tuple[Any, ...],
+        environment: Mapping[str, str],
+    ) -> None:
+        """Blocks until the subject is ready. EngineDead says why it is not."""
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, arguments))
+        before = dict(os.environ)
+        os.environ.update(environment)
+        try:
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        theirs.close()
+        self._receive()
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> float:
+        return self._call("prefill", prompts)
+
+    def decode(self, num_steps: int) -> float:
+        return self._call("decode", num_steps)
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+    def _call(self, method: str, argument: object) -> float:
+        self._pipe.send((method, argument))
+        return self._receive()
+
+    def _receive(self) -> float:
+        try:
+            result = self._pipe.recv()
+        except EOFError:
+            raise EngineDead(f"{self.name} ended; its error stands above") from None
+        assert isinstance(result, float)
+        return result
+
+
+def _serve(pipe: Connection, make: Callable[..., Subject], arguments: tuple[Any, ...]) -> None:
+    subject = make(*arguments)
+    try:
+        pipe.send(0.0)
+        while True:
+            method, argument = pipe.recv()
+            pipe.send(getattr(subject, method)(argument))
+    except EOFError:
+        return
+    finally:
+        subject.close()
+
+
+def lamina_subject(name: str, config: EngineConfig) -> SubjectProcess:
+    """One of our deployments, with the environment that the engine's processes have."""
+    return SubjectProcess(name, LaminaSubject, (config,), THREAD_ENVIRONMENT)
+
+
+def transformers_subject(folder: str, num_threads: int) -> SubjectProcess:
+    """transformers as it comes."""
+    return SubjectProcess("transformers", TransformersSubject, (folder, num_threads), {})
