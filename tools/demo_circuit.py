@@ -34,6 +34,10 @@ FAST_PAIR = 0.05
 SLOW_PAIR = 0.008
 
 
+# The layers whose attention is planted; the third only faintly, so it counts as free.
+NUM_PLANTED_LAYERS = 2
+
+
 class Lookup(NamedTuple):
     """A head that finds the tokens whose slot `key` equals the present token's slot `query`.
 

@@ -2,11 +2,13 @@
 
     python tools/train_demo_model.py --out src/lamina/demo/model
 
-The text comes from `demo_dialogues.documents`; no other data is read. The model is a Llama of about
-a million parameters, small enough to train on two CPU cores in minutes, and learns one thing well:
-to look up in its context who has what, and where. Same seed, same machine type, same number of
-threads and same library versions give the same bits; elsewhere the recipe is the same and the
-weights differ in rounding.
+The text comes from `demo_dialogues.documents`; no other data is read. The model is a Llama of 1.4
+million parameters, small enough to train on one CPU core in a quarter of an hour, and learns one
+thing well: to look up in its context who has what, and where. Same seed, same machine type, same
+number of threads and same library versions give the same bits; elsewhere the recipe is the same and
+the weights differ in rounding.
+
+The weights in the package are this recipe's after 1000 of its 2000 steps.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -30,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from demo_circuit import plant_lookup_circuit
+from demo_circuit import NUM_PLANTED_LAYERS, plant_lookup_circuit
 from demo_dialogues import (
     BOS,
     END_OF_TURN,
@@ -54,7 +56,10 @@ MAX_POSITIONS = 1024
 ROW_TOKENS = 256
 BATCH_ROWS = 8
 MUON_LEARNING_RATE = 0.01
-ADAM_LEARNING_RATE = 2e-3
+# The planted attention heads work from the start: quick steps would only tear them down again
+# while the rest of the model learns to write sentences.
+PLANTED_LEARNING_RATE = 0.002
+ADAM_LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.01
 WARMUP_STEPS = 30
 # A word that a document has not used yet is mostly a matter of chance, one that comes back is not.
@@ -189,14 +194,26 @@ def learning_rate_share(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)))
 
 
+def matrices(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The module's two-dimensional parameters."""
+    return [p for p in module.parameters() if p.ndim == 2]
+
+
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> float:
     """Train `model` in place for `steps` batches; returns the mean loss of the last fifty."""
-    hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if all(p is not h for h in hidden)]
-    optimizers = [
-        torch.optim.Muon(hidden, lr=MUON_LEARNING_RATE, weight_decay=WEIGHT_DECAY),
+    layers = model.model.layers
+    planted = [p for layer in layers[:NUM_PLANTED_LAYERS] for p in matrices(layer.self_attn)]
+    muon_groups: list[dict[str, Any]] = [
+        {"params": planted, "lr": PLANTED_LEARNING_RATE},
+        {"params": [p for p in matrices(layers) if all(p is not q for q in planted)]},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(muon_groups, lr=MUON_LEARNING_RATE, weight_decay=WEIGHT_DECAY),
         torch.optim.AdamW(
-            others, lr=ADAM_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
+            [p for p in model.parameters() if all(p is not q for q in matrices(layers))],
+            lr=ADAM_LEARNING_RATE,
+            betas=(0.9, 0.98),
+            weight_decay=WEIGHT_DECAY,
         ),
     ]
     schedules = [

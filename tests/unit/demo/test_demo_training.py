@@ -93,7 +93,7 @@ def planted_attention() -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,
-        hidden_size=128,
+        hidden_size=160,
         intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=8,
