@@ -17,7 +17,7 @@ from lamina.errors import CheckpointError
 
 MEGABYTE = 1_000_000
 
-# The end of a text and the words of small talk count little in the loss, see `loss_weights`, and the
+# The end of a text and the words of small talk count little in the loss (`loss_weights`), and the
 # bundled weights stop halfway through training.
 half_trained = pytest.mark.xfail(
     reason="the bundled weights look facts up well, but do not end stories or make small talk yet"
