@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from lamina.bench.shapes import SHAPES, write_shape
 from lamina.errors import ConfigError
+from lamina.types import ceil_div
 
 if TYPE_CHECKING:  # torch takes seconds to import, which no other command should wait for
     from lamina.bench.decode import Figure
@@ -49,32 +51,44 @@ def decode(
 ) -> None:
     """Decode tokens per second of a shape with random bf16 weights, deployments side by side."""
     from lamina.bench.decode import measure
+    from lamina.bench.subjects import PREFILL_ROWS
 
     if shape not in SHAPES:
         raise ConfigError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     batches, contexts = _numbers(batch, "batch"), _numbers(context, "context")
     deployments = _numbers(attention_workers, "attention_workers")
     threads = threads or len(os.sched_getaffinity(0))
-    length = max(contexts) + turns * steps + 8
+    # While the last prompts are computed, the first sequences already decode.
+    prefill_steps = 2 * ceil_div(max(batches) * max(contexts), PREFILL_ROWS)
+    length = max(contexts) + prefill_steps + turns * steps + 2
     figures: list[Figure] = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_shape(shape, Path(folder))
-        with _subjects(path, deployments, transformers, max(batches), length, threads) as subjects:
-            for size in batches:
-                for tokens in contexts:
-                    figures += measure(
-                        subjects,
-                        batch=size,
-                        context=tokens,
-                        turns=turns,
-                        steps_per_turn=steps,
-                        vocab_size=int(str(SHAPES[shape]["vocab_size"])),
-                    )
-                    print(f"batch {size}, context {tokens}: done", file=sys.stderr)
-    if json:
-        print(msgspec.json.encode(figures).decode())
-    else:
-        Console().print(_table(shape, threads, figures))
+    try:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            _subjects(
+                write_shape(shape, Path(folder)),
+                deployments,
+                transformers,
+                max(batches),
+                length,
+                threads,
+            ) as subjects,
+        ):
+            for size, tokens in product(batches, contexts):
+                figures += measure(
+                    subjects,
+                    batch=size,
+                    context=tokens,
+                    turns=turns,
+                    steps_per_turn=steps,
+                    vocab_size=int(str(SHAPES[shape]["vocab_size"])),
+                )
+                print(f"batch {size}, context {tokens}: done", file=sys.stderr)
+    finally:  # what was measured is not lost when a later case fails
+        if json:
+            print(msgspec.json.encode(figures).decode())
+        elif figures:
+            Console().print(_table(shape, threads, figures))
 
 
 @contextmanager

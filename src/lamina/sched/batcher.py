@@ -165,11 +165,10 @@ class Batcher:
         if not self._waiting or len(self._running) >= self._max_num_seqs:
             return None
         sequence = self._waiting[0]
-        # One page per running sequence stays free, so that those that run can go on for a while
-        # before the newcomer would have to be preempted again.
-        placement = self._admission.place(
-            sequence.id, sequence.num_tokens, keep_free=len(self._running)
-        )
+        # One page stays free for each running sequence that may still need one, so that those that
+        # run can go on for a while before the newcomer would have to be preempted again.
+        keep_free = sum(self._may_grow(running) for running in self._running)
+        placement = self._admission.place(sequence.id, sequence.num_tokens, keep_free=keep_free)
         if placement is None:
             return None
         self._waiting.popleft()
@@ -177,6 +176,14 @@ class Batcher:
         sequence.prefill_target = sequence.num_tokens
         self._running.append(sequence)
         return sequence
+
+    def _may_grow(self, sequence: Sequence) -> bool:
+        """Whether the sequence may need more pages than it holds before it ends."""
+        longest = self.max_model_len
+        if sequence.request.sampling.max_tokens is not None:
+            limit = sequence.num_prompt_tokens + sequence.request.sampling.max_tokens
+            longest = min(longest, limit)
+        return any(self.budget.missing(e, sequence.id, longest) for e in sequence.placement)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Reserve the page for the sequence's next row; False if it had to be preempted itself."""

@@ -134,6 +134,28 @@ def test_partition_by_requests_balances_free_pages() -> None:
     assert [s.placement for s in batcher.sequences()] == [(1,), (2,), (2,)]
 
 
+@pytest.mark.parametrize("remote", [(), (1, 2)])
+def test_pages_for_every_sequence_at_full_length_admit_every_sequence(
+    remote: tuple[int, ...],
+) -> None:
+    capacity = dict.fromkeys((LOCAL, *remote), 4 * 32 // PAGE)
+    batcher = make_batcher(capacity, max_num_rows=4 * 31)
+    for name in "abcd":
+        batcher.add(request(name, 31, max_tokens=1))
+    plan = batcher.plan()
+    assert plan is not None
+    assert len(plan.spans) == 4
+
+
+def test_a_page_stays_free_for_a_sequence_that_will_need_it() -> None:
+    batcher = make_batcher({LOCAL: 8, 1: 8})
+    batcher.add(request("a", 4 * PAGE, max_tokens=8))
+    batcher.add(request("b", 4 * PAGE, max_tokens=8))
+    plan = batcher.plan()
+    assert plan is not None
+    assert [span.sequence for span in plan.spans] == [1], "b would take the page that a needs next"
+
+
 def test_the_youngest_is_preempted_and_recomputed_with_its_tokens() -> None:
     capacity = {LOCAL: 8, 1: 8}
     batcher, executors = make_batcher(capacity), Executors(capacity)

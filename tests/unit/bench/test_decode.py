@@ -1,0 +1,84 @@
+"""The decode benchmark: its arithmetic, and its subjects on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lamina.bench.decode import lamina_config, measure
+from lamina.bench.shapes import SHAPES
+from lamina.bench.subjects import LaminaSubject, SubjectProcess
+from lamina.cli.main import app
+from lamina.errors import ConfigError, EngineDead
+from support.families import save_tiny_model
+
+
+class FakeSubject:
+    """Takes the seconds that it was told to."""
+
+    def __init__(self, name: str, prefill_s: float, decode_s: list[float]) -> None:
+        self.name = name
+        self.prompts: Sequence[Sequence[int]] = ()
+        self._prefill_s = prefill_s
+        self._decode_s = iter([0.0, *decode_s])
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> float:
+        self.prompts = prompts
+        return self._prefill_s
+
+    def decode(self, num_steps: int) -> float:
+        return next(self._decode_s)
+
+
+def test_speeds_and_ratios_are_medians_over_turns() -> None:
+    fast, base = FakeSubject("fast", 2.0, [1.0, 2.0, 4.0]), FakeSubject("base", 4.0, [4.0] * 3)
+    subjects: Any = [fast, base]
+    first, second = measure(subjects, batch=2, context=3, turns=3, steps_per_turn=10, vocab_size=50)
+    assert (first.tokens_per_s, first.tokens_per_s_low, first.tokens_per_s_high) == (10, 5, 20)
+    assert (first.ratio, first.ratio_low, first.ratio_high) == (2, 1, 4)
+    assert first.step_ms == 200
+    assert first.prefill_tokens_per_s == 3
+    assert (second.ratio, second.prefill_tokens_per_s) == (1, 1.5)
+    assert fast.prompts == base.prompts
+    assert [len(prompt) for prompt in fast.prompts] == [3, 3]
+
+
+@pytest.fixture
+def tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    save_tiny_model("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    monkeypatch.setitem(SHAPES, "tiny", config | {"dtype": "bfloat16"})
+    return "tiny"
+
+
+def test_the_command_measures_deployments_beside_transformers(tiny_shape: str) -> None:
+    result = CliRunner().invoke(
+        app,
+        ["bench", "decode", "--shape", tiny_shape, "--batch", "2", "--context", "40", "--turns",
+         "2", "--steps", "3", "--attention-workers", "0,1", "--threads", "1", "--json"],
+        catch_exceptions=False,
+    )  # fmt: skip
+    figures = json.loads(result.stdout)
+    assert [figure["subject"] for figure in figures] == [
+        "lamina, monolithic",
+        "lamina, 1 workers",
+        "transformers",
+    ]
+    assert all(figure["tokens_per_s"] > 0 for figure in figures)
+    assert figures[-1]["ratio"] == 1
+
+
+def test_a_subject_that_cannot_start_is_an_error(tmp_path: Path) -> None:
+    config = lamina_config(tmp_path, num_workers=0, batch=1, length=8, num_threads=1)
+    with pytest.raises(EngineDead, match="lamina ended"):
+        SubjectProcess("lamina", LaminaSubject, (config,), {})
+
+
+def test_an_unknown_shape_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"shape must be one of qwen3-0\.5b"):
+        CliRunner().invoke(app, ["bench", "decode", "--shape", "huge"], catch_exceptions=False)
