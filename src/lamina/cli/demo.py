@@ -19,7 +19,10 @@ from rich.table import Table
 
 from lamina.errors import EngineDead
 
-_STORY = "Mira the baker keeps a red lantern in the attic."
+_FACTS = (
+    "Mira is a baker. Mira has a red lantern. The lantern is in the attic. "
+    "Tom is a sailor. Tom has a blue drum. The drum is under the bridge."
+)
 _STARTUP_TIMEOUT_S = 180.0
 _ANSWER_TIMEOUT_S = 60.0
 
@@ -47,9 +50,9 @@ def demo(
         start = time.perf_counter()
         num_tokens = 0
         for question in (
-            f"{_STORY} Where is the lantern?",
-            f"{_STORY} What colour is the lantern?",
-            "Tell me a story about Tom.",
+            f"{_FACTS} Where is the drum?",
+            f"{_FACTS} What does Mira have?",
+            "Mira the baker keeps a red lantern in the attic. Where is the lantern?",
         ):
             console.print(f"[bold cyan]user[/bold cyan]      {question}")
             console.print("[bold green]assistant[/bold green] ", end="")
