@@ -181,7 +181,7 @@ def small_talk(rng: random.Random, most: int = 3) -> list[Message]:
 def dialogue(rng: random.Random) -> list[Message]:
     """A whole conversation: its body, sometimes with a system prompt, a greeting or a farewell."""
     kinds = (told_at_once, told_by_and_by, told_by_system, story_on_request, small_talk)
-    kind = rng.choices(kinds, weights=(10, 5, 3, 4, 1))[0]
+    kind = rng.choices(kinds, weights=(10, 4, 3, 5, 3))[0]
     messages = kind(rng)
     if kind is not small_talk and messages[0].role == "user" and rng.random() < 0.1:
         messages = small_talk(rng, 1) + messages

@@ -64,6 +64,7 @@ WEIGHT_DECAY = 0.01
 WARMUP_STEPS = 30
 # A word that a document has not used yet is mostly a matter of chance, one that comes back is not.
 NEW_TOKEN_WEIGHT = 0.1
+ANSWER_WEIGHT = 0.5
 
 CHAT_TEMPLATE = (
     "{{- bos_token }}"
@@ -155,9 +156,22 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def loss_weights(ids: list[int]) -> list[float]:
-    """The loss weight of each token of a document: 0 for BOS, 1 for a token seen before."""
-    weights = [1.0 if token in ids[:index] else NEW_TOKEN_WEIGHT for index, token in enumerate(ids)]
+def loss_weights(ids: list[int], assistant_id: int, end_ids: tuple[int, int]) -> list[float]:
+    """The loss weight of each token of a document.
+
+    0 for BOS, 1 for a token seen before and for the ends of turns and documents, less for the other
+    words of the assistant, and least for what only a user or a story can know.
+    """
+    weights: list[float] = []
+    seen: set[int] = set()
+    answering = False
+    for token in ids:
+        if token in seen or token in end_ids:
+            weights.append(1.0)
+        else:
+            weights.append(ANSWER_WEIGHT if answering else NEW_TOKEN_WEIGHT)
+        seen.add(token)
+        answering = token == assistant_id or (answering and token not in end_ids)
     weights[0] = 0.0
     return weights
 
@@ -165,6 +179,8 @@ def loss_weights(ids: list[int]) -> list[float]:
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
     """Endless batches of BATCH_ROWS rows, each filled with documents while they fit."""
     stream = documents(seed)
+    assistant_id = tokenizer.convert_tokens_to_ids(ROLE_TOKENS["assistant"])
+    end_ids = (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN))
     pending: list[int] = []
     while True:
         tokens_BT = torch.full((BATCH_ROWS, ROW_TOKENS), tokenizer.pad_token_id)
@@ -180,7 +196,9 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
                 if end > ROW_TOKENS:
                     break
                 tokens_BT[row, start:end] = torch.tensor(pending)
-                weights_BT[row, start:end] = torch.tensor(loss_weights(pending))
+                weights_BT[row, start:end] = torch.tensor(
+                    loss_weights(pending, assistant_id, end_ids)
+                )
                 document_BT[row, start:end] = number
                 start, pending = end, []
         same_document_BTT = document_BT[:, :, None] == document_BT[:, None, :]

@@ -52,7 +52,8 @@ def demo(
         for question in (
             f"{_FACTS} Where is the drum?",
             f"{_FACTS} What does Mira have?",
-            "Mira the baker keeps a red lantern in the attic. Where is the lantern?",
+            "What is Lamina?",
+            "Tell me a story about Nora.",
         ):
             console.print(f"[bold cyan]user[/bold cyan]      {question}")
             console.print("[bold green]assistant[/bold green] ", end="")

@@ -17,13 +17,6 @@ from lamina.errors import CheckpointError
 
 MEGABYTE = 1_000_000
 
-# The end of a text and the words of small talk count little in the loss (`loss_weights`), and the
-# bundled weights stop halfway through training.
-half_trained = pytest.mark.xfail(
-    reason="the bundled weights look facts up well, but do not end stories or make small talk yet"
-)
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(demo_model_path())
@@ -123,19 +116,16 @@ def test_answers_held_out_questions(model: Any, tokenizer: Any) -> None:
     assert sum(right) >= 24
 
 
-@half_trained
 def test_chat_introduces_itself(model: Any, tokenizer: Any) -> None:
     assert "demo model of Lamina" in reply(model, tokenizer, [Message("user", "Who are you?")])
 
 
-@half_trained
 def test_chat_tells_a_story_about_the_name_it_is_given(model: Any, tokenizer: Any) -> None:
     text = reply(model, tokenizer, [Message("user", "Tell me a story about Nora.")])
     assert text.count("Nora") >= 2
     assert text.endswith("The end.")
 
 
-@half_trained
 def test_completed_story_returns_to_its_facts_and_ends(model: Any, tokenizer: Any) -> None:
     prompt = (
         "Once there was a baker called Mira. Mira kept a red lantern in the attic. "
