@@ -92,7 +92,7 @@ class _Client:
             "model": model,
             "messages": [{"role": "user", "content": question}],
             "temperature": 0,
-            "max_tokens": 80,
+            "max_tokens": 120,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
