@@ -106,7 +106,7 @@ def _subjects(
     subjects: list[SubjectProcess] = []
     try:
         for count in deployments:
-            name = f"lamina, {count} workers" if count else "lamina, monolithic"
+            name = f"lamina, {count} remote" if count else "lamina, monolithic"
             config = lamina_config(
                 folder, num_workers=count, batch=batch, length=length, num_threads=threads
             )

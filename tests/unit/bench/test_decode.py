@@ -66,7 +66,7 @@ def test_the_command_measures_deployments_beside_transformers(tiny_shape: str) -
     figures = json.loads(result.stdout)
     assert [figure["subject"] for figure in figures] == [
         "lamina, monolithic",
-        "lamina, 1 workers",
+        "lamina, 1 remote",
         "transformers",
     ]
     assert all(figure["tokens_per_s"] > 0 for figure in figures)

@@ -17,6 +17,7 @@ from lamina.errors import CheckpointError
 
 MEGABYTE = 1_000_000
 
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(demo_model_path())
