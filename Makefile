@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/lamina demo
 
 serve: $(INSTALLED)
-	$(BIN)/lamina serve
+	$(BIN)/lamina serve --attention-workers 2
 
 test: lint
 	$(BIN)/pytest

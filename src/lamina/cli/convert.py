@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -62,8 +62,7 @@ def _table(explanation: Explanation) -> Table:
     )
     for column in ("Layer", "Before q", "Before k, v", "Deferred", "Carried over the cut"):
         table.add_column(column, overflow="fold")
-    for column in ("q", "k", "v", "Out"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("Sent and received", no_wrap=True)
     for layers, layer in _equal_layers(explanation.layers):
         table.add_row(
             layers + (f"\nwindow {layer.window}" if layer.window else ""),
@@ -71,15 +70,7 @@ def _table(explanation: Explanation) -> Table:
             _stage(layer.kv),
             _stage(layer.deferred),
             "\n".join(f"{c.name}: {_bytes(c.bytes_per_token)}" for c in layer.carried),
-            *(
-                _bytes(size)
-                for size in (
-                    layer.q_bytes_per_token,
-                    layer.k_bytes_per_token,
-                    layer.v_bytes_per_token,
-                    layer.out_bytes_per_token,
-                )
-            ),
+            _hop((layer,)),
         )
     table.add_row("logits", _stage(explanation.last))
     table.add_row(
@@ -88,12 +79,17 @@ def _table(explanation: Explanation) -> Table:
         "",
         "",
         _bytes(explanation.carried_bytes_per_token),
-        *(
-            _bytes(sum(getattr(layer, f"{name}_bytes_per_token") for layer in explanation.layers))
-            for name in ("q", "k", "v", "out")
-        ),
+        _hop(explanation.layers),
     )
     return table
+
+
+def _hop(layers: Sequence[LayerSummary]) -> str:
+    """Bytes of q, k, v and output, a line each, over all of `layers`."""
+    return "\n".join(
+        f"{name} {_bytes(sum(getattr(layer, f'{name}_bytes_per_token') for layer in layers))}"
+        for name in ("q", "k", "v", "out")
+    )
 
 
 def _equal_layers(layers: tuple[LayerSummary, ...]) -> Iterator[tuple[str, LayerSummary]]:
@@ -113,9 +109,10 @@ def _shape_of(layer: LayerSummary) -> str:
 def _stage(stage: StageSummary) -> str:
     if stage.num_ops == 0:
         return "-"
-    names = dict.fromkeys(name.removeprefix("model.") for name in stage.modules)
-    inner = [n for n in names if not any(o.startswith(f"{n}.") for o in names)]
-    return f"{stage.num_ops} ops: {', '.join(inner)}"
+    inner = [n for n in stage.modules if not any(o.startswith(f"{n}.") for o in stage.modules)]
+    # The row names the layer; what precedes its number is the same everywhere.
+    short = dict.fromkeys(re.sub(r"^.*?\.\d+\.|^model\.", "", name) for name in inner)
+    return f"{stage.num_ops} ops: {', '.join(short)}"
 
 
 def _bytes(count: int) -> str:

@@ -127,7 +127,8 @@ def test_the_command_explains_as_table_and_json(checkpoint: Path) -> None:
     table = _invoke(checkpoint, "--explain")
     assert table.exit_code == 0, table.output
     assert "PhiForCausalLM" in table.output
-    assert "layers.0.mlp.fc1" in table.output
+    assert "mlp.fc1" in table.output
+    assert "q 384 B" in table.output, "12 heads of 8 in float32"
     assert "position_ids: 8 B" in table.output
     document = json.loads(_invoke(checkpoint, "--json", "--dtype", "bfloat16").output)
     assert document["dtype"] == "bfloat16"
