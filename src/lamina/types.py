@@ -105,8 +105,6 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     """The sequence's own seed, drawn at random by the front end if the user gave none."""
     eos_token_ids: tuple[int, ...] = ()
-    arrival_s: float = 0.0
-    """`time.monotonic()` of the front end; metrics only."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 
 import msgspec
@@ -88,7 +87,7 @@ class Answer:
         tokenizer: Tokenizer | None,
     ) -> list[Answer]:
         """The `n` answers of a request that `check_request` has passed."""
-        prompt, arrival_s = tuple(prompt_token_ids), time.monotonic()
+        prompt = tuple(prompt_token_ids)
         return [
             cls(
                 index,
@@ -98,7 +97,6 @@ class Answer:
                     sampling=sampling,
                     seed=sequence_seed(seed, index),
                     eos_token_ids=model.eos_token_ids,
-                    arrival_s=arrival_s,
                 ),
                 tokenizer,
             )
