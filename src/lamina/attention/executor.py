@@ -66,7 +66,7 @@ class AttentionExecutor:
         self._cache = KVCache(specs, dtype=dtype, num_pages=num_pages, page_tokens=page_tokens)
         self._schedule_keys = tuple((spec.window, uses_flash(spec)) for spec in specs)
         # Of the step in progress:
-        self._plan = ExecutorPlan(step=0, micro_batch=0, spans=())
+        self._num_rows = self._num_attending = 0
         self._schedules: dict[tuple[int | None, bool], Schedule] = {}
         self._new_slots = torch.empty(0, dtype=torch.int64)
         self._early: dict[int, tuple[Tensor, Partial | None]] = {}
@@ -120,7 +120,7 @@ class AttentionExecutor:
 
         tables = {span.sequence: pages.pages(span.sequence) for span in plan.spans}
         assert len(tables) == len(plan.spans), "a sequence has one span per step"
-        self._plan = plan
+        self._num_rows, self._num_attending = plan.num_rows, plan.num_attending_rows
         self._early.clear()
         self._new_slots = slot_indices(plan.spans, tables, pages.page_tokens)
         self._schedules = {
@@ -140,7 +140,7 @@ class AttentionExecutor:
                 out if A is 0.
         """
         spec = self._specs[layer]
-        expected = (self._plan.num_attending_rows, spec.num_query_heads, spec.head_dim_k)
+        expected = (self._num_attending, spec.num_query_heads, spec.head_dim_k)
         assert q.shape == expected, f"q of layer {layer} is {tuple(q.shape)}, not {expected}"
         q = q.to(self._dtype)
         schedule = self._schedules[self._schedule_keys[layer]]
@@ -159,13 +159,12 @@ class AttentionExecutor:
         """
         spec, sinks = self._specs[layer], self._sinks[layer]
         k, v = k.to(self._dtype), v.to(self._dtype)
-        expected = (self._plan.num_rows, spec.num_kv_heads)
+        expected = (self._num_rows, spec.num_kv_heads)
         assert k.shape == (*expected, spec.head_dim_k), f"k of layer {layer} is {tuple(k.shape)}"
         assert v.shape == (*expected, spec.head_dim_v), f"v of layer {layer} is {tuple(v.shape)}"
-        if self._plan.num_rows:
+        if self._num_rows:
             self._cache.append(layer, self._new_slots, k, v)
-        num_rows = self._plan.num_attending_rows
-        if num_rows == 0:
+        if self._num_attending == 0:
             return torch.empty(0, spec.num_query_heads, spec.head_dim_v, dtype=self._dtype)
         assert layer in self._early, f"attend_cached({layer}, q) comes before finish({layer}, ...)"
         q, cached = self._early.pop(layer)

@@ -51,6 +51,7 @@ class ExecutorServer:
         self.num_plans = 0
         self._plan: ExecutorPlan | None = None
         self._layer = 0
+        self._num_rows = self._num_attending = 0
 
     @property
     def in_step(self) -> bool:
@@ -72,7 +73,8 @@ class ExecutorServer:
                 f"unreadable step plan: {error}", peer=self._link.peer
             ) from error
         self.executor.begin(plan)
-        self._plan = plan if plan.num_rows else None
+        self._num_rows, self._num_attending = plan.num_rows, plan.num_attending_rows
+        self._plan = plan if self._num_rows else None
         self._layer = 0
 
     @torch.inference_mode()
@@ -88,7 +90,7 @@ class ExecutorServer:
         number = message_number(plan.step, layer, len(self._specs))
         self._plan = None  # given up unless the layer succeeds
         deadline = time.monotonic() + self._step_deadline_s
-        num_attending, num_rows = plan.num_attending_rows, plan.num_rows
+        num_attending, num_rows = self._num_attending, self._num_rows
         if num_attending:
             q = self._receive(self._q, number, deadline, num_attending,
                               ((spec.num_query_heads, spec.head_dim_k),))[0]  # fmt: skip
