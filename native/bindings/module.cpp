@@ -1,0 +1,10 @@
+#include "bindings/bindings.h"
+
+NB_MODULE(_native, module) {
+  module.doc() = "Lamina's native data plane; described for Python in _native.pyi.";
+  lamina::bind_core(module);
+  lamina::bind_transport(module);
+  lamina::bind_attention(module);
+  lamina::bind_worker(module);
+  lamina::bind_dense(module);
+}

@@ -1,0 +1,7 @@
+#include "bindings/bindings.h"
+
+namespace lamina {
+
+void bind_transport(nanobind::module_& module) {}
+
+}  // namespace lamina
