@@ -57,6 +57,6 @@ def start_engine(
 def this_machine() -> Machine:
     """Cores that this process may use, and physical memory."""
     return Machine(
-        num_cores=len(os.sched_getaffinity(0)),
+        cores=tuple(sorted(os.sched_getaffinity(0))),
         ram_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )

@@ -58,7 +58,8 @@ class ExecutorFleet:
         self._lock = threading.Lock()
         self._closing = False
         self._control: ControlServer | None = None
-        self._local, self._local_server = self._start_local()
+        self._pool = _native.ThreadPool(deployment.num_threads)
+        self._local = self._start_local()
 
     @classmethod
     def start(
@@ -100,8 +101,6 @@ class ExecutorFleet:
         reports: dict[int, IntegrityReply] = {}
         for end in self.ends:
             if end.executor == LOCAL:
-                while self._local_server.num_plans < end.num_plans:
-                    self._local_server.pump()
                 reports[LOCAL] = integrity(self._local)
                 continue
             assert self._control is not None
@@ -132,7 +131,7 @@ class ExecutorFleet:
         if self._control is not None:
             self._control.close()
 
-    def _start_local(self) -> tuple[AttentionExecutor, ExecutorServer]:
+    def _start_local(self) -> AttentionExecutor:
         model, deployment = self._model, self._deployment
         specs = model.attention_specs
         executor = AttentionExecutor(
@@ -142,7 +141,7 @@ class ExecutorFleet:
             num_pages=deployment.num_pages[LOCAL],
             page_tokens=self._config.block_size,
         )
-        ours, theirs = inproc_pair("model-worker", "local", lambda: server.pump())
+        ours, theirs = inproc_pair("model-worker", "local", pump=True)
         server = ExecutorServer(
             theirs,
             executor,
@@ -152,8 +151,9 @@ class ExecutorFleet:
             max_spans=self._config.max_num_seqs,
             step_deadline_s=self._config.step_deadline_s,
         )
-        self._connect(LOCAL, ours, specs, (0, 1, 1))
-        return executor, server
+        ours.native.set_pump(server.loop)
+        self._connect(LOCAL, ours, (0, 1, 1), on_plan=server.take_plan)
+        return executor
 
     def _start_remote(self) -> None:
         config, deployment = self._config, self._deployment
@@ -169,6 +169,7 @@ class ExecutorFleet:
                 address=self._control.address,
                 token=self._control.token.line,
                 num_threads=deployment.worker_num_threads,
+                cores=deployment.worker_cores[executor],
                 startup_timeout_s=config.startup_timeout_s,
             )
             self._processes[executor] = WorkerProcess(
@@ -234,27 +235,25 @@ class ExecutorFleet:
             error = CapacityError if reply.kind == CapacityError.__name__ else EngineDead
             raise error(f"{name}: {reply.message}")
         link = listener.accept({secret: (name, digest)}, deadline)
-        self._connect(executor, link, specs, share)
+        self._connect(executor, link, share)
 
     def _connect(
         self,
         executor: int,
-        link: Link,
-        specs: Sequence[AttentionSpec],
-        share: tuple[int, int, int],
+        link: NativeLink,
+        share: Share,
+        on_plan: Callable[[], None] | None = None,
     ) -> None:
-        """`share`: head units [start, stop) of how many."""
-        whole = self._model.attention_specs
         self.ends.append(
             ExecutorEnd(
                 executor,
                 link,
-                specs,
-                [slice(*query_head_range(spec, *share)) for spec in whole],
-                [slice(*kv_head_range(spec, *share)) for spec in whole],
+                self._model.attention_specs,
+                share,
                 dtype=self._model.dtype,
                 max_rows=self._config.max_num_batched_tokens,
                 max_spans=self._config.max_num_seqs,
+                on_plan=on_plan,
             )
         )
         with self._lock:
