@@ -29,7 +29,12 @@ class StepTimes:
         self.attention_s = 0.0
         """Waiting for outputs (with a local executor: computing them)."""
         self.steps_s = 0.0
-        """In steps, all in all; what the others leave over is the engine's own work per layer."""
+        """In steps, all in all."""
+
+    @property
+    def other_s(self) -> float:
+        """What the phases leave over: routes, plans, and the loop over layers."""
+        return self.steps_s - self.slices_s - self.post_s - self.attention_s
 
 
 class ModelWorker:

@@ -108,9 +108,7 @@ class Route:
             self._micro_batch, layer, number, k_THD.data_ptr(), v_THD.data_ptr(), deadline
         )
 
-    def view_out(
-        self, layer: int, number: int, shape: torch.Size, deadline: float
-    ) -> torch.Tensor:
+    def view_out(self, layer: int, number: int, shape: torch.Size, deadline: float) -> torch.Tensor:
         """The executor's output [A, hq, Dv], in the mailbox: valid until the next layer's."""
         address = self._end.wait_out(self._micro_batch, layer, number, deadline)
         view = self._views.get((address, shape))
@@ -120,9 +118,7 @@ class Route:
             self._views[address, shape] = view
         return view
 
-    def collect_out(
-        self, layer: int, number: int, out_THD: torch.Tensor, deadline: float
-    ) -> None:
+    def collect_out(self, layer: int, number: int, out_THD: torch.Tensor, deadline: float) -> None:
         """Copy the executor's output to its rows and heads of the layer's output [T, Hq, Dv]."""
         self._end.collect_out(self._micro_batch, layer, number, out_THD.data_ptr(), deadline)
 
