@@ -6,19 +6,20 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 
+from lamina import _native
 from lamina.attention.executor import AttentionExecutor
-from lamina.attention.partition import kv_head_range, query_head_range, shard_specs
-from lamina.attention.spec import AttentionSpec, fingerprint
+from lamina.attention.partition import query_head_range, shard_specs
+from lamina.attention.spec import fingerprint
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
 from lamina.errors import CapacityError, DeadlineExceeded, EngineDead, PeerLost
 from lamina.transport.control import ControlServer
 from lamina.transport.inproc import inproc_pair
-from lamina.transport.mailbox import Link
+from lamina.transport.native import NativeLink
 from lamina.transport.tcp import TcpListener
 from lamina.transport.wire import (
     Assign,
@@ -31,7 +32,7 @@ from lamina.types import LOCAL
 from lamina.workers.attention import WorkerStart, integrity, run_attention_worker
 from lamina.workers.deployment import Deployment
 from lamina.workers.process import WorkerProcess
-from lamina.workers.routes import ExecutorEnd
+from lamina.workers.routes import ExecutorEnd, Share
 from lamina.workers.serving import ExecutorServer
 
 logger = logging.getLogger("lamina.workers")
@@ -53,7 +54,7 @@ class ExecutorFleet:
         self._names = {e: f"attention-worker-{e}" for e in deployment.remote} | {LOCAL: "local"}
         self._executors = {name: e for e, name in self._names.items()}
         self._processes: dict[int, WorkerProcess] = {}
-        self._links: dict[int, Link] = {}
+        self._links: dict[int, NativeLink] = {}
         self._lost: dict[int, str] = {}
         self._lock = threading.Lock()
         self._closing = False

@@ -65,8 +65,8 @@ def test_the_command_measures_deployments_beside_transformers(
     result = CliRunner().invoke(
         app,
         ["bench", "decode", "--shape", tiny_shape, "--batch", "2", "--context", "40", "--turns",
-         "2", "--steps", "3", "--attention-workers", "0,1", "--threads", "1", "--transport", "shm,tcp", "--json", "-",
-         "--plot", str(tmp_path / "decode.svg")],
+         "2", "--steps", "3", "--attention-workers", "0,1", "--threads", "1", "--transport",
+         "shm,tcp", "--json", "-", "--plot", str(tmp_path / "decode.svg")],
         catch_exceptions=False,
     )  # fmt: skip
     figures = json.loads(result.stdout)
