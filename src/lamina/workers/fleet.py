@@ -17,9 +17,9 @@ from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
 from lamina.errors import CapacityError, DeadlineExceeded, EngineDead, PeerLost
 from lamina.transport.control import ControlServer
+from lamina.transport.handshake import Listener
 from lamina.transport.inproc import inproc_pair
 from lamina.transport.mailbox import Link
-from lamina.transport.tcp import TcpListener
 from lamina.transport.wire import (
     Assign,
     IntegrityQuery,
@@ -179,7 +179,7 @@ class ExecutorFleet:
                 on_exit=self._on_exit,
             )
         self._wait_for_joins(self._control, deadline)
-        listener = TcpListener()
+        listener = Listener()
         try:
             for executor in deployment.remote:
                 self._assign(self._control, listener, executor, deadline)
@@ -201,7 +201,7 @@ class ExecutorFleet:
                     ) from None
 
     def _assign(
-        self, control: ControlServer, listener: TcpListener, executor: int, deadline: float
+        self, control: ControlServer, listener: Listener, executor: int, deadline: float
     ) -> None:
         config, model, deployment = self._config, self._model, self._deployment
         partition = deployment.partition
