@@ -9,6 +9,8 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "bindings/interruptible.h"
+#include "transport/slot_link.h"
 #include "worker/executor_end.h"
 #include "worker/layer_loop.h"
 
@@ -82,23 +84,24 @@ void bind_worker(nb::module_& module) {
       .def(
           "wait_out",
           [](ExecutorEnd& self, int micro_batch, int layer, uint64_t number, double deadline) {
-            return reinterpret_cast<uintptr_t>(
-                self.wait_out(micro_batch, layer, number, deadline));
-          },
-          ReleaseGil())
+            return reinterpret_cast<uintptr_t>(interruptible(deadline, [&](double until) {
+              return self.wait_out(micro_batch, layer, number, until);
+            }));
+          })
       .def(
           "collect_out",
           [](ExecutorEnd& self, int micro_batch, int layer, uint64_t number, uintptr_t out,
              double deadline) {
-            self.collect_out(micro_batch, layer, number, reinterpret_cast<std::byte*>(out),
-                             deadline);
-          },
-          ReleaseGil());
+            interruptible(deadline, [&](double until) {
+              self.collect_out(micro_batch, layer, number, reinterpret_cast<std::byte*>(out),
+                               until);
+            });
+          });
 
   nb::class_<LayerLoop>(module, "LayerLoop")
       .def(
           "__init__",
-          [](LayerLoop* self, Link& link, AttentionExecutor& executor, Inbox* plans,
+          [](LayerLoop* self, Link& link, AttentionExecutor& executor, SlotInbox* plans,
              const std::vector<Mailboxes>& mailboxes, double step_deadline_s) {
             new (self)
                 LayerLoop(link, executor, plans, step_mailboxes(mailboxes), step_deadline_s);
@@ -107,7 +110,11 @@ void bind_worker(nb::module_& module) {
           nb::arg("step_deadline_s"), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
       .def("add", &LayerLoop::add)
       .def_prop_ro("in_step", &LayerLoop::in_step)
-      .def("serve", &LayerLoop::serve, ReleaseGil())
+      .def("serve",
+           [](LayerLoop& self, uint64_t next_plan, double wake_at) {
+             return interruptible(
+                 wake_at, [&](double until) { return self.serve(next_plan, until); });
+           })
       .def("pump", &LayerLoop::pump, ReleaseGil())
       .def("times",
            [](const LayerLoop& self) {

@@ -1,5 +1,9 @@
 """Lamina's native data plane (C++ in `native/`)."""
 
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
 # --- core ---
 
 def active_isa() -> str:
@@ -20,10 +24,204 @@ class ThreadPool:
     @property
     def num_threads(self) -> int: ...
 
+_HeadShare = tuple[int, int, int]
+
 # --- transport ---
+
+PACER_YIELD_S: float
+"""Seconds that a wait yields the core before it sleeps."""
+
+class Outbox:
+    """The sending end of a native mailbox; keeps its link alive."""
+
+    @property
+    def capacity_bytes(self) -> int: ...
+    def post(self, seq: int, deadline: float, *parts: int) -> None:
+        """Send memory. `parts`: address and length of each part in turn, at most 16 parts.
+
+        Blocks and raises as `lamina.transport.mailbox.Outbox.post`.
+        """
+
+class Inbox:
+    """The receiving end of a native mailbox; keeps its link alive."""
+
+    @property
+    def capacity_bytes(self) -> int: ...
+    def wait(self, seq: int, deadline: float, num_bytes: int | None) -> tuple[int, int]:
+        """The slot (0 or 1) that message `seq` lies in, and its length.
+
+        Blocks and raises as `lamina.transport.mailbox.Inbox.wait`.
+        """
+
+    def slot(self, index: int) -> Tensor:
+        """The memory of a slot: uint8 [capacity_bytes], aligned to 64 bytes, kept alive by it."""
+
+class Link:
+    """A link of any native transport. Errors as `lamina.transport.mailbox.Link`."""
+
+    @property
+    def peer(self) -> str: ...
+    def outbox(self, mailbox: int, capacity_bytes: int) -> Outbox: ...
+    def inbox(self, mailbox: int, capacity_bytes: int) -> Inbox: ...
+    def wait_any(self, awaited: Sequence[tuple[Inbox, int]], deadline: float) -> int: ...
+    def fail(self, reason: str) -> None: ...
+    def close(self) -> None: ...
+
+class InprocLink(Link):
+    """One end of a link within this process; made by `inproc_pair`."""
+
+class ShmLink(Link):
+    """A link between two processes of this machine."""
+
+    def __init__(self, fd: int, peer: str, yield_s: float) -> None:
+        """Takes over `fd`, a connected Unix stream socket.
+
+        `yield_s`: how long a wait yields the core before it sleeps.
+        """
+
+class TcpLink(Link):
+    """A link over a stream socket."""
+
+    def __init__(self, fd: int, peer: str, version: int, busy_poll_s: float) -> None:
+        """Takes over `fd`, a connected stream socket; `version` is that of the protocol.
+
+        `busy_poll_s`: how long a wait looks and yields the core before it sleeps.
+        """
+
+class FaultyLink(Link):
+    """Another link with the faults of `lamina.transport.faulty`."""
+
+    def __init__(self, link: Link) -> None: ...
+    def inject(
+        self, kind: str, mailbox: int | None, after: int, count: int | None, delay_s: float
+    ) -> None: ...
+    def clear(self) -> None: ...
+
+def inproc_pair(
+    name_a: str, name_b: str, pump_b: Callable[[], None] | None
+) -> tuple[InprocLink, InprocLink]:
+    """As `lamina.transport.inproc.inproc_pair`."""
+
+def ping(
+    outbox: Outbox,
+    inbox: Inbox,
+    first_seq: int,
+    count: int,
+    num_bytes: int,
+    check: bool,
+    timeout_s: float,
+) -> list[float]:
+    """Send `count` messages one by one, each after the answer to the one before.
+
+    `check` compares every byte of every answer (RuntimeError: it arrived changed), `timeout_s` is
+    the deadline of each round trip. Returns the seconds that each took.
+    """
+
+def pong(
+    inbox: Inbox,
+    outbox: Outbox,
+    first_seq: int,
+    count: int,
+    num_bytes: int,
+    check: bool,
+    timeout_s: float,
+) -> None:
+    """The other side of `ping`: answers each message with its own bytes."""
+
+def bare_ping(fd: int, count: int, num_bytes: int, yields: bool) -> list[float]:
+    """As `ping` over a connected socket in blocking mode without mailboxes.
+
+    `yields`: wait as the links do; otherwise in blocking calls. An empty message is one byte.
+    """
+
+def bare_pong(fd: int, count: int, num_bytes: int, yields: bool) -> None:
+    """The other side of `bare_ping`."""
 
 # --- attention ---
 
 # --- worker ---
+
+class ExecutorEnd:
+    """The model worker's end of a link: packs q, k and v into mailbox slots, unpacks outputs.
+
+    Addresses are those of contiguous tensors [T, heads, size] that cover all rows of the step.
+    Calls block at most until `deadline` (`time.monotonic()`) and raise TransportErrors.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        layers: Sequence[tuple[_HeadShare, _HeadShare, _HeadShare, _HeadShare]],
+        mailboxes: Sequence[tuple[int, int, int, int, int, int]],
+    ) -> None:
+        """
+        Args:
+            layers: per layer and tensor (q, k, v, out) the bytes of a row, and where in it the
+                executor's heads begin and how many bytes they take.
+            mailboxes: `lamina.transport.topology.StepMailboxes` per micro-batch.
+        """
+
+    def begin(
+        self,
+        micro_batch: int,
+        attending: Sequence[tuple[int, int]],
+        stored: Sequence[tuple[int, int]],
+    ) -> None:
+        """Rows of the next step as (first row, count): those that attend here, those kept here."""
+
+    def post_q(
+        self, micro_batch: int, layer: int, number: int, q_address: int, deadline: float
+    ) -> None: ...
+    def post_kv(
+        self,
+        micro_batch: int,
+        layer: int,
+        number: int,
+        k_address: int,
+        v_address: int,
+        deadline: float,
+    ) -> None: ...
+    def wait_out(self, micro_batch: int, layer: int, number: int, deadline: float) -> int:
+        """Address of the output [A, heads, size] in the mailbox; valid until the next wait."""
+
+    def collect_out(
+        self, micro_batch: int, layer: int, number: int, out_address: int, deadline: float
+    ) -> None:
+        """Wait for the output and copy it to its rows and heads of [T, heads, size]."""
+
+class LayerLoop:
+    """Serves all layers of the steps in progress without the interpreter."""
+
+    def __init__(
+        self,
+        link: Link,
+        executor: AttentionExecutor,
+        plans: Inbox | None,
+        mailboxes: Sequence[tuple[int, int, int, int, int, int]],
+        step_deadline_s: float,
+    ) -> None:
+        """`plans`: the mailbox whose next message ends `serve`."""
+
+    def add(self, micro_batch: int, first_number: int, schedule: StepSchedule) -> None:
+        """Serve a step; one of the same micro-batch that is still in progress is forgotten."""
+
+    @property
+    def in_step(self) -> bool:
+        """Whether layers of any step are still to be served."""
+
+    def serve(self, next_plan: int, wake_at: float) -> bool:
+        """Serve until plan number `next_plan` is here (True) or nothing is to do at `wake_at`."""
+
+    def pump(self) -> None:
+        """Serve the next message, which must be here: the other end runs in this thread."""
+
+    def times(self) -> tuple[float, float]:
+        """Seconds spent attending over cached tokens, and finishing layers, summed."""
+
+    def events(self) -> list[tuple[int, float, float, float, float]]:
+        """The last layers served, oldest first.
+
+        (message number, attending from, until, finishing from, until), in `time.monotonic()`.
+        """
 
 # --- dense ---

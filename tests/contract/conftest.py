@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lamina.transport.faulty import FaultyLink
+from lamina.transport.handshake import Listener, connect
 from lamina.transport.inproc import inproc_pair
 from lamina.transport.mailbox import Inbox, Link, Outbox
-from lamina.transport.tcp import TcpListener, connect
 
 SIZE = 4096
 Pair = tuple[Link, Link]
@@ -19,7 +19,7 @@ Pair = tuple[Link, Link]
 
 def tcp_pair() -> Pair:
     secret, deadline = bytes(32), time.monotonic() + 10
-    listener = TcpListener(name="a")
+    listener = Listener(name="a")
     try:
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(connect, listener.address, secret, "print", "b", deadline)

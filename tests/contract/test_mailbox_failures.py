@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lamina.errors import DeadlineExceeded, PeerLost, TransportError
+from lamina.transport.handshake import Listener
 from lamina.transport.mailbox import Inbox, Link, Outbox
-from lamina.transport.tcp import TcpListener
 
 SECRET = bytes(range(32))
 SIZE = 4096
@@ -187,7 +187,7 @@ def test_link_can_be_closed_while_its_thread_waits(
 
 _CHILD = """
 import sys, time, torch
-from lamina.transport.tcp import connect
+from lamina.transport.handshake import connect
 link = connect(sys.argv[1], bytes(range(32)), "print", "child", time.monotonic() + 30)
 inbox, outbox = link.inbox(1, 64), link.outbox(2, 64)
 outbox.post(1, inbox.wait(1, time.monotonic() + 30), deadline=time.monotonic() + 30)
@@ -196,7 +196,7 @@ time.sleep(60)
 
 
 def test_killed_process_is_noticed_at_once(pool: ThreadPoolExecutor) -> None:
-    listener = TcpListener()
+    listener = Listener()
     child = subprocess.Popen([sys.executable, "-c", _CHILD, listener.address])
     try:
         link = listener.accept({SECRET: ("child", "print")}, soon(60))

@@ -19,8 +19,8 @@ import torch
 from lamina.attention.executor import AttentionExecutor
 from lamina.errors import DeadlineExceeded, LaminaError
 from lamina.transport.control_client import ControlClient, Incoming
+from lamina.transport.handshake import connect
 from lamina.transport.join_token import JoinToken
-from lamina.transport.tcp import connect
 from lamina.transport.wire import (
     Assign,
     Assigned,

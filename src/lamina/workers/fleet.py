@@ -18,9 +18,9 @@ from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
 from lamina.errors import CapacityError, DeadlineExceeded, EngineDead, PeerLost
 from lamina.transport.control import ControlServer
+from lamina.transport.handshake import Listener
 from lamina.transport.inproc import inproc_pair
 from lamina.transport.native import NativeLink
-from lamina.transport.tcp import TcpListener
 from lamina.transport.wire import (
     Assign,
     IntegrityQuery,
@@ -142,7 +142,7 @@ class ExecutorFleet:
             num_pages=deployment.num_pages[LOCAL],
             page_tokens=self._config.block_size,
         )
-        ours, theirs = inproc_pair("model-worker", "local", pump=True)
+        ours, theirs = inproc_pair("model-worker", "local", lambda: server.loop.pump())
         server = ExecutorServer(
             theirs,
             executor,
@@ -152,7 +152,6 @@ class ExecutorFleet:
             max_spans=self._config.max_num_seqs,
             step_deadline_s=self._config.step_deadline_s,
         )
-        ours.native.set_pump(server.loop)
         self._connect(LOCAL, ours, (0, 1, 1), on_plan=server.take_plan)
         return executor
 
@@ -181,7 +180,8 @@ class ExecutorFleet:
                 on_exit=self._on_exit,
             )
         self._wait_for_joins(self._control, deadline)
-        listener = TcpListener()
+        # All workers that the engine starts itself are on this machine.
+        listener = Listener("127.0.0.1:0" if config.transport == "tcp" else "unix:@")
         try:
             for executor in deployment.remote:
                 self._assign(self._control, listener, executor, deadline)
@@ -203,7 +203,7 @@ class ExecutorFleet:
                     ) from None
 
     def _assign(
-        self, control: ControlServer, listener: TcpListener, executor: int, deadline: float
+        self, control: ControlServer, listener: Listener, executor: int, deadline: float
     ) -> None:
         config, model, deployment = self._config, self._model, self._deployment
         partition = deployment.partition

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from lamina.transport.tcp_link import TcpLink
 
 from lamina.errors import ConfigError, DeadlineExceeded, PeerLost, ProtocolMismatch
-from lamina.transport.tcp import TcpListener, connect
-from lamina.transport.tcp_link import TcpLink
+from lamina.transport.handshake import Listener, connect
 from lamina.transport.wire import (
     Hello,
     pack_frame_header,
@@ -32,8 +32,8 @@ def soon(seconds: float = 5.0) -> float:
 
 
 @pytest.fixture
-def listener() -> Iterator[TcpListener]:
-    one = TcpListener()
+def listener() -> Iterator[Listener]:
+    one = Listener()
     yield one
     one.close()
 
@@ -44,14 +44,14 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
-def raw_connection(listener: TcpListener, data: bytes = b"") -> socket.socket:
+def raw_connection(listener: Listener, data: bytes = b"") -> socket.socket:
     connection = socket.create_connection(parse_address(listener.address))
     connection.sendall(data)
     return connection
 
 
 def test_peers_are_told_apart_by_their_secrets(
-    listener: TcpListener, pool: ThreadPoolExecutor
+    listener: Listener, pool: ThreadPoolExecutor
 ) -> None:
     first = pool.submit(connect, listener.address, OTHER, "print", "x", soon())
     accepted = listener.accept(EXPECTED, soon())
@@ -63,7 +63,7 @@ def test_peers_are_told_apart_by_their_secrets(
         link.close()
 
 
-def test_a_secret_is_good_for_one_link(listener: TcpListener, pool: ThreadPoolExecutor) -> None:
+def test_a_secret_is_good_for_one_link(listener: Listener, pool: ThreadPoolExecutor) -> None:
     first = pool.submit(connect, listener.address, SECRET, "print", "x", soon())
     listener.accept(EXPECTED, soon()).close()
     first.result().close()
@@ -74,7 +74,7 @@ def test_a_secret_is_good_for_one_link(listener: TcpListener, pool: ThreadPoolEx
 
 
 def test_strangers_are_refused_and_the_right_one_still_gets_in(
-    listener: TcpListener, pool: ThreadPoolExecutor
+    listener: Listener, pool: ThreadPoolExecutor
 ) -> None:
     silent = raw_connection(listener)
     gone = raw_connection(listener, pack_hello(Hello(SECRET, "print", "gone"))[:9])
@@ -106,7 +106,7 @@ def test_strangers_are_refused_and_the_right_one_still_gets_in(
 
 
 def test_another_model_is_a_mismatch_on_both_sides(
-    listener: TcpListener, pool: ThreadPoolExecutor
+    listener: Listener, pool: ThreadPoolExecutor
 ) -> None:
     client = pool.submit(connect, listener.address, SECRET, "other print", "w", soon())
     with pytest.raises(ProtocolMismatch, match="worker: has fingerprint other print, print is"):
@@ -115,20 +115,20 @@ def test_another_model_is_a_mismatch_on_both_sides(
         client.result()
 
 
-def test_nobody_connects(listener: TcpListener) -> None:
+def test_nobody_connects(listener: Listener) -> None:
     with pytest.raises(DeadlineExceeded, match="worker, other: did not connect"):
         listener.accept(EXPECTED, soon(0.05))
 
 
 def test_nobody_listens() -> None:
-    listener = TcpListener()
+    listener = Listener()
     listener.close()
     listener.close()
     with pytest.raises(PeerLost, match="is it running"):
         connect(listener.address, SECRET, "print", "w", soon())
 
 
-def test_nobody_answers(listener: TcpListener) -> None:
+def test_nobody_answers(listener: Listener) -> None:
     with pytest.raises(DeadlineExceeded, match="did not answer the hello"):
         connect(listener.address, SECRET, "print", "w", soon(0.1))
 
@@ -149,9 +149,9 @@ def test_something_else_listens(
     assert isinstance(client.exception(), error)
 
 
-def test_bad_addresses(listener: TcpListener) -> None:
+def test_bad_addresses(listener: Listener) -> None:
     with pytest.raises(ConfigError, match="choose another address"):
-        TcpListener("127.0.0.1", parse_address(listener.address)[1])
+        Listener("127.0.0.1", parse_address(listener.address)[1])
     with pytest.raises(ConfigError, match="unknown host"):
         connect("no.such.host.invalid:1", SECRET, "print", "w", soon())
 

@@ -143,10 +143,9 @@ def test_rows_and_heads_go_to_their_executors_and_come_back() -> None:
 
 
 def test_a_pumped_link_is_a_function_call() -> None:
-    ours, theirs = inproc_pair("engine", "local", pump=True)
+    ours, theirs = inproc_pair("engine", "local", lambda: server.loop.pump())
     executor = make_executor()
     server = make_server(theirs, executor)
-    ours.native.set_pump(server.loop)
     end = make_end(LOCAL, ours, on_plan=server.take_plan)
     qkv = tensors(5)
     out = exchange(end, prompt_plan(executor=LOCAL), qkv)
