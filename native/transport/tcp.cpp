@@ -1,5 +1,6 @@
 #include "transport/tcp.h"
 
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -43,6 +44,7 @@ std::string shown(const char* bytes, size_t count) {
 
 TcpLink::TcpLink(int fd, std::string peer, uint16_t version, double busy_poll_s)
     : peer_(std::move(peer)), version_(version), busy_poll_s_(busy_poll_s), fd_(fd) {
+  fcntl(fd_, F_SETFL, fcntl(fd_, F_GETFL) | O_NONBLOCK);
   const int on = 1;
   setsockopt(fd_, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
   // Lets the kernel poll the network card meanwhile, where it has one to poll and we may ask.
@@ -211,9 +213,8 @@ bool TcpLink::read(std::byte* target, size_t num_wanted, size_t& num_got) {
     staged_begin_ = staged_end_ = 0;
     parts[1] = {staging_.data(), kStagingBytes};
   }
-  const bool is_direct = num_wanted != 0;
-  const ssize_t count =
-      is_direct ? ::readv(fd_, parts, 2) : ::recv(fd_, parts[1].iov_base, parts[1].iov_len, 0);
+  const ssize_t count = num_wanted != 0 ? ::readv(fd_, parts, 2)
+                                        : ::read(fd_, parts[1].iov_base, parts[1].iov_len);
   if (count < 0) {
     const int error = errno;
     if (would_block(error)) return false;

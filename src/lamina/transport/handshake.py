@@ -313,7 +313,6 @@ def _dial(address: str, timeout_s: float) -> socket.socket:
 def _open_link(connection: socket.socket, peer: str, busy_poll_s: float) -> NativeLink:
     """Hand the connection over to the native link that its kind of socket stands for."""
     is_local = connection.family == socket.AF_UNIX
-    connection.setblocking(False)
     descriptor = connection.detach()
     if is_local:
         return NativeLink(_native.ShmLink(descriptor, peer, busy_poll_s))

@@ -13,9 +13,9 @@ than that could never be received, and is a ProtocolMismatch or a DeadlineExceed
 hang).
 
 Slots: the two slots of a mailbox are used in turn; while one is viewed, the other may be used
-again. A slot is written again only when its message was discarded or its view has ended; a view ends with
-the next `wait` on the same mailbox. While both slots are taken the receiver takes nothing more from
-the connection, and the sender's `post` blocks once the connection's own buffers are full.
+again. A slot is written again only when its message was discarded or its view has ended; a view
+ends with the next `wait` on the same mailbox. While both slots are taken the receiver takes nothing
+more from the connection, and the sender's `post` blocks once the connection's own buffers are full.
 
 Sequence numbers of a mailbox strictly increase, gaps are fine. `wait(n)` discards messages with
 smaller numbers (left over from a step that was given up).
