@@ -8,6 +8,7 @@
 #include <tuple>
 #include <utility>
 
+#include "attention/schedule.h"
 #include "bindings/bindings.h"
 #include "worker/executor_end.h"
 #include "worker/layer_loop.h"
