@@ -8,6 +8,7 @@
 #include <tuple>
 #include <utility>
 
+#include "attention/schedule.h"
 #include "bindings/bindings.h"
 #include "bindings/interruptible.h"
 #include "transport/slot_link.h"

@@ -58,14 +58,14 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
 def resolve(
     config: EngineConfig,
     specs: Sequence[AttentionSpec],
-    itemsize: int,
+    cache_dtype: str,
     model_limit: int | None,
     machine: Machine,
 ) -> Deployment:
     """Resolve every setting that depends on the model or the machine.
 
     Args:
-        itemsize: bytes per element of the cache.
+        cache_dtype: float32, float16, bfloat16 or int8.
         model_limit: the model's own context length, if it has one.
 
     Raises:
@@ -87,7 +87,7 @@ def resolve(
         memory = _asked(config, machine, 1) or config.local_memory_bytes
         num_pages = {
             LOCAL: _pages(
-                memory, bytes_per_page(specs, page, itemsize), config.max_num_seqs * full_pages,
+                memory, bytes_per_page(specs, page, cache_dtype), config.max_num_seqs * full_pages,
                 machine.ram_bytes // _RAM_SHARE, "attention memory",
             )
         }  # fmt: skip
@@ -101,7 +101,7 @@ def resolve(
         local_pages = full_pages + ceil_div(config.max_num_batched_tokens, page)
         num_pages = {
             LOCAL: _pages(
-                config.local_memory_bytes, bytes_per_page(specs, page, itemsize), local_pages,
+                config.local_memory_bytes, bytes_per_page(specs, page, cache_dtype), local_pages,
                 machine.ram_bytes // _RAM_SHARE, "local memory",
             )
         }  # fmt: skip
@@ -109,7 +109,7 @@ def resolve(
             share = shard_specs(specs, *partition.ranges[index], partition.units)
             num_pages[index + 1] = _pages(
                 worker.memory_bytes or _asked(config, machine, len(workers)),
-                bytes_per_page(share, page, itemsize),
+                bytes_per_page(share, page, cache_dtype),
                 config.max_num_seqs * full_pages,
                 machine.ram_bytes // _RAM_SHARE // len(workers),
                 f"memory of attention worker {index + 1}",

@@ -32,7 +32,7 @@ PAGE_BYTES = 2 * 4 * 32 * PAGE * 2
 def deploy(limit: int | None = 256, **fields: object) -> Deployment:
     settings: dict[str, object] = {"model": "x", "block_size": PAGE, "max_num_batched_tokens": 64}
     config = EngineConfig(**(settings | fields))  # type: ignore[arg-type]
-    return resolve(config, SPECS, 2, limit, MACHINE)
+    return resolve(config, SPECS, "bfloat16", limit, MACHINE)
 
 
 def workers(count: int) -> tuple[AttentionWorkerConfig, ...]:
