@@ -1,5 +1,6 @@
 #include "dense/packed.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace lamina::dense {
@@ -15,16 +16,23 @@ size_t packed_bytes(Element element, int64_t num_outputs, int64_t num_inputs) {
   return static_cast<size_t>(panels * kPanel * inputs) * element_bytes(element);
 }
 
-template <typename Word>
+/// Words of `group` inputs of up to 16 outputs at a time: sequential writes, 16 streams of reads.
+template <typename Word, int kGroup>
 void pack(Word* packed, const Word* weights, int64_t first, int64_t begin, int64_t end,
-          int64_t num_inputs, int64_t output_stride, int64_t input_stride, int64_t group) {
-  const int64_t inputs = (num_inputs + group - 1) / group * group;
-  for (int64_t output = begin; output < end; ++output) {
-    Word* panel = packed + output / kPanel * kPanel * inputs + output % kPanel * group;
-    const Word* source = weights + (output - first) * output_stride;
-    for (int64_t input = 0; input < num_inputs; ++input) {
-      panel[input / group * kPanel * group + input % group] = source[input * input_stride];
+          int64_t num_inputs, int64_t output_stride, int64_t input_stride) {
+  const int64_t steps = (num_inputs + kGroup - 1) / kGroup;
+  while (begin < end) {
+    const int64_t panel = begin / kPanel;
+    const int64_t panel_end = std::min(end, (panel + 1) * kPanel);
+    Word* target = packed + (panel * steps * kPanel + begin % kPanel) * kGroup;
+    for (int64_t step = 0; step < steps; ++step, target += kPanel * kGroup) {
+      const int64_t count = std::min<int64_t>(kGroup, num_inputs - step * kGroup);
+      const Word* source = weights + (begin - first) * output_stride + step * kGroup * input_stride;
+      for (int64_t output = 0; output < panel_end - begin; ++output, source += output_stride) {
+        for (int64_t i = 0; i < count; ++i) target[output * kGroup + i] = source[i * input_stride];
+      }
     }
+    begin = panel_end;
   }
 }
 
@@ -45,16 +53,16 @@ void PackedLinear::set(int64_t first, const void* weights, int64_t count, int64_
   if (first < 0 || count < 0 || first + count > num_outputs_) {
     throw std::invalid_argument("these outputs are not of this linear");
   }
-  const int64_t group = inputs_per_step(element_);
   pool.run([&](int thread) {
     const Part part = equal_part(count, thread, pool.num_threads());
     const int64_t begin = first + part.begin, end = first + part.end;
     if (element_ == Element::bf16) {
-      pack(static_cast<uint16_t*>(memory_.data()), static_cast<const uint16_t*>(weights), first,
-           begin, end, num_inputs_, output_stride, input_stride, group);
+      pack<uint16_t, 2>(static_cast<uint16_t*>(memory_.data()),
+                        static_cast<const uint16_t*>(weights), first, begin, end, num_inputs_,
+                        output_stride, input_stride);
     } else {
-      pack(static_cast<float*>(memory_.data()), static_cast<const float*>(weights), first, begin,
-           end, num_inputs_, output_stride, input_stride, group);
+      pack<float, 1>(static_cast<float*>(memory_.data()), static_cast<const float*>(weights), first,
+                     begin, end, num_inputs_, output_stride, input_stride);
     }
   });
 }

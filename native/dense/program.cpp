@@ -12,6 +12,7 @@ namespace {
 constexpr size_t kAlignment = 256;
 /// Multiplications (or a few element operations) below which one thread is faster than two.
 constexpr double kWorkWorthThreads = 100e3;
+constexpr double kWorkPerElement = 8.0;
 constexpr int64_t kRowsToSplit = 192;
 
 template <typename... F>
@@ -54,6 +55,9 @@ Rows rows_of(const View& view, char* const* buffers, size_t bytes) {
 }  // namespace
 
 int Program::add_scratch(int64_t width) {
+  if (num_arguments_ + scratch_widths_.size() >= kMaxBuffers) {
+    throw std::length_error("a program has at most 64 buffers; make several");
+  }
   scratch_widths_.push_back(width);
   return num_arguments_ + static_cast<int>(scratch_widths_.size()) - 1;
 }
@@ -94,7 +98,17 @@ BoundProgram::BoundProgram(std::shared_ptr<const Program> program,
     return vectors_[index].data();
   };
   for (const Op& op : program_->ops()) {
-    Step step{.op = &op, .work_per_row = 0, .work = 0};
+    Step step{.op = &op};
+    const auto reads = [&](const View& view) {
+      if (view.buffer >= 0) step.reads |= uint64_t{1} << view.buffer;
+    };
+    std::visit(
+        [&](const auto& o) {
+          reads(o.x);
+          step.writes = uint64_t{1} << o.out.buffer;
+          step.work_per_row = kWorkPerElement * static_cast<double>(o.x.heads * o.x.width);
+        },
+        op);
     std::visit(Overloaded{[&](const LinearOp& o) {
                             const PackedLinear& linear = *linears_.at(o.linear);
                             if (linear.element() != program_->element() ||
@@ -104,18 +118,19 @@ BoundProgram::BoundProgram(std::shared_ptr<const Program> program,
                                                           " does not fit its operands");
                             }
                             step.linear = &linear;
-                            step.work = static_cast<double>(o.x.width) * o.out.width;
+                            step.work_per_row = static_cast<double>(o.x.width) * o.out.width;
                             thread_scratch_bytes_ = std::max(
                                 thread_scratch_bytes_, kernels_.linear_scratch_bytes(o.x.width));
+                            reads(o.residual);
                           },
                           [&](const NormOp& o) {
                             step.weight = vector_of(o.weight, o.x.width);
                             step.bias = vector_of(o.bias, o.x.width);
                           },
-                          [](const auto&) {}},
+                          [&](const ActivationOp& o) { reads(o.gate); },
+                          [&](const RotaryOp& o) { reads(o.cos), reads(o.sin); },
+                          [&](const AddOp& o) { reads(o.other); }},
                op);
-    step.work_per_row = std::visit(
-        [](const auto& o) { return 8.0 * static_cast<double>(o.x.heads * o.x.width); }, op);
     steps_.push_back(step);
   }
 }
@@ -145,8 +160,7 @@ void BoundProgram::run(int64_t num_rows, const std::vector<uintptr_t>& arguments
     scratch += aligned(width * num_rows * element);
   }
   const auto is_shared = [&](const Step& step) {
-    const double work = (step.work + step.work_per_row) * static_cast<double>(num_rows);
-    return work >= kWorkWorthThreads;
+    return step.work_per_row * static_cast<double>(num_rows) >= kWorkWorthThreads;
   };
   char* thread_scratch = static_cast<char*>(workspace_->threads_.data());
   if (pool.num_threads() == 1 || std::none_of(steps_.begin(), steps_.end(), is_shared)) {
@@ -155,13 +169,22 @@ void BoundProgram::run(int64_t num_rows, const std::vector<uintptr_t>& arguments
   }
   Barrier barrier(pool.num_threads());
   pool.run([&](int thread) {
-    bool was_shared = false;
-    for (size_t i = 0; i < steps_.size(); ++i) {
-      const bool shared = is_shared(steps_[i]);
-      if (i > 0 && (shared || was_shared)) barrier.wait();
-      was_shared = shared;
+    // Threads meet only where an operation needs what others may still be writing or reading.
+    uint64_t written = 0, read = 0;
+    bool any_shared = false;
+    for (const Step& step : steps_) {
+      const bool shared = is_shared(step);
+      const bool conflicts = ((step.reads | step.writes) & written) || (step.writes & read);
+      if (conflicts && (shared || any_shared)) {
+        barrier.wait();
+        written = read = 0;
+        any_shared = false;
+      }
+      written |= step.writes;
+      read |= step.reads;
+      any_shared |= shared;
       if (!shared && thread != 0) continue;
-      run_step(steps_[i], num_rows, buffers.data(), thread, shared ? pool.num_threads() : 1,
+      run_step(step, num_rows, buffers.data(), thread, shared ? pool.num_threads() : 1,
                thread_scratch + thread * thread_bytes);
     }
   });

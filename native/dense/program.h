@@ -52,9 +52,12 @@ class Program {
   Program(Element element, int num_arguments) : element_(element), num_arguments_(num_arguments) {}
 
   /// A scratch buffer of `width` elements per row; returns its number, after the arguments'.
+  /// Throws std::length_error beyond kMaxBuffers buffers.
   int add_scratch(int64_t width);
   /// Throws std::invalid_argument for a view of no buffer.
   void add(Op op);
+
+  static constexpr int kMaxBuffers = 64;
 
   Element element() const { return element_; }
   int num_arguments() const { return num_arguments_; }
@@ -106,8 +109,9 @@ class BoundProgram {
     const PackedLinear* linear = nullptr;
     const float* weight = nullptr;
     const float* bias = nullptr;
-    double work_per_row;
-    double work;  // done whatever the number of rows
+    double work_per_row = 0;
+    uint64_t reads = 0;  // a bit per buffer
+    uint64_t writes = 0;
   };
 
   void run_step(const Step& step, int64_t num_rows, char* const* buffers, int thread,

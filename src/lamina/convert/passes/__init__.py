@@ -125,7 +125,8 @@ def pack(
         weight = weight.T
     num_outputs, num_inputs = weight.shape
     packed = PackedLinear(_ELEMENTS[weight.dtype], num_outputs, num_inputs)
-    packed.set(0, weight.data_ptr(), num_outputs, *weight.stride(), pool)
+    output_stride, input_stride = weight.stride()
+    packed.set(0, weight.data_ptr(), num_outputs, output_stride, input_stride, pool)
     if bias is not None:
         packed.set_bias(0, bias.detach().float().tolist())
     return packed

@@ -91,7 +91,7 @@ def _is_vector(node: Any, like: fx.Node) -> bool:
     return shape is not None and rows is not None and shape == rows[-1:] and shape[0].isdigit()
 
 
-def _rms_norm(node: fx.Node) -> Match | None:
+def _rms_norm(node: Any) -> Match | None:
     for weight, scaled in _pairs(node, _aten.mul.Tensor):
         found = _normalized(_uncast(scaled))
         if found is None or not _is_vector(weight, node):
@@ -109,36 +109,34 @@ def _rms_norm(node: fx.Node) -> Match | None:
     return None
 
 
-def _layer_norm(node: fx.Node) -> Match | None:
+def _layer_norm(node: Any) -> Match | None:
     if not _is(node, _aten.layer_norm.default):
         return None
-    x, shape, weight, bias, eps = (*node.args, None, None, 1e-5)[:5] if len(node.args) < 5 else (
-        node.args[:5]
-    )  # fmt: skip
-    if len(shape) != 1:  # type: ignore[arg-type]
+    x, shape, weight, bias, eps = (*node.args, *(None, None, 1e-5)[len(node.args) - 2 :])[:5]
+    if len(shape) != 1:
         return None
     return ops.layer_norm, (x, weight, bias, eps)
 
 
-def _activation(node: fx.Node) -> Match | None:
+def _activation(node: Any) -> Match | None:
     if _is(node, _aten.silu.default):
         return ops.activation, (node.args[0], None, "silu")
     if _is(node, _aten.relu.default):
         return ops.activation, (node.args[0], None, "relu")
     if _is(node, _aten.gelu.default):
-        kind = {"none": "gelu", "tanh": "gelu_tanh"}[node.kwargs.get("approximate", "none")]  # type: ignore[index]
+        kind = {"none": "gelu", "tanh": "gelu_tanh"}[node.kwargs.get("approximate", "none")]
         return ops.activation, (node.args[0], None, kind)
     return _written_out_gelu(node)
 
 
-def _written_out_gelu(node: fx.Node) -> Match | None:
+def _written_out_gelu(node: Any) -> Match | None:
     """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
     for half, one_plus in _pairs(node, _aten.mul.Tensor):
         if not (_is(half, _aten.mul.Tensor) and half.args[1] == 0.5):
             continue
         x = half.args[0]
-        tanh = one_plus.args[0] if _plus_one(one_plus) else None
-        inner = tanh.args[0] if _is(tanh, _aten.tanh.default) else None
+        tanh: Any = one_plus.args[0] if _plus_one(one_plus) else None
+        inner: Any = tanh.args[0] if _is(tanh, _aten.tanh.default) else None
         if not (_is(inner, _aten.mul.Tensor) and inner.args[1] == _SQRT_2_OVER_PI):
             continue
         for other, cubic in _pairs(inner.args[0], _aten.add.Tensor):
@@ -153,7 +151,7 @@ def _plus_one(node: Any) -> bool:
     return _is(node, _aten.add.Tensor) and node.args[1] == 1.0
 
 
-def _gated(node: fx.Node) -> Match | None:
+def _gated(node: Any) -> Match | None:
     for active, gate in _pairs(node, _aten.mul.Tensor):
         if _is(active, ops.activation) and active.args[1] is None and _shape(gate) == _shape(node):
             x, _, name = active.args
@@ -166,20 +164,20 @@ def _sliced(node: Any) -> tuple[fx.Node, int, int] | None:
     """(x, begin, end) if node is x[..., begin:end]."""
     if not _is(node, _aten.slice.Tensor) or (len(node.args) > 4 and node.args[4] != 1):
         return None
-    x, dim, begin, end = (*node.args, 0, 2**63 - 1)[:4] if len(node.args) < 4 else node.args[:4]
+    x, dim, begin, end = (*node.args, *(0, 0, 2**63 - 1)[len(node.args) - 1 :])[:4]
     size = x.meta["val"].shape[-1]
     if dim not in (-1, len(x.meta["val"].shape) - 1) or not isinstance(end, int):
         return None
     return x, begin or 0, min(end, size)
 
 
-def _rotary(node: fx.Node) -> Match | None:
+def _rotary(node: Any) -> Match | None:
     for first, second in _pairs(node, _aten.add.Tensor):
         for x, cos in _pairs(first, _aten.mul.Tensor):
             for swapped, sin in _pairs(second, _aten.mul.Tensor):
                 if _is_swapped(swapped, x) and _shape(cos) == _shape(sin):
-                    shape = _shape(x)
-                    if shape == _shape(node) and shape[-1:] == (_shape(cos) or ())[-1:]:  # type: ignore[index]
+                    shape, table = _shape(x), _shape(cos)
+                    if shape and table and shape == _shape(node) and shape[-1] == table[-1]:
                         return ops.rotary, (x, cos, sin)
     return None
 
@@ -198,10 +196,10 @@ def _is_swapped(node: Any, x: Any) -> bool:
     return parts == ((x, size // 2, size), (x, 0, size // 2)) and size % 2 == 0
 
 
-def _partial_rotary(node: fx.Node) -> Match | None:
-    if not _is(node, _aten.cat.default) or len(node.args[0]) != 2 or node.args[1:] != (-1,):  # type: ignore[arg-type]
+def _partial_rotary(node: Any) -> Match | None:
+    if not _is(node, _aten.cat.default) or len(node.args[0]) != 2 or node.args[1:] != (-1,):
         return None
-    rotated, kept = node.args[0]  # type: ignore[misc]
+    rotated, kept = node.args[0]
     if not _is(rotated, ops.rotary) or (rest := _sliced(kept)) is None:
         return None
     x, begin, end = rest
@@ -214,7 +212,7 @@ def _partial_rotary(node: fx.Node) -> Match | None:
     return None
 
 
-def _linear(node: fx.Node) -> Match | None:
+def _linear(node: Any) -> Match | None:
     if _is(node, _aten.linear.default):
         x, weight, bias = (*node.args, None)[:3]
         return ops.linear, (x, weight, bias, None, False)
@@ -225,7 +223,7 @@ def _linear(node: fx.Node) -> Match | None:
     return None
 
 
-def _residual(node: fx.Node) -> Match | None:
+def _residual(node: Any) -> Match | None:
     for residual, linear in _pairs(node, _aten.add.Tensor):
         if (
             _is(linear, ops.linear)

@@ -169,7 +169,8 @@ def _narrow(layout: Layout, at: int, begin: int, size: int) -> Layout | None:
 
 
 def _slice(layout: Layout, node: fx.Node) -> Layout | None:
-    _, dim, begin, end, step = (*node.args, *(0, 0, 2**63 - 1, 1)[len(node.args) - 1 :])
+    arguments: tuple[Any, ...] = (*node.args, *(0, 0, 2**63 - 1, 1)[len(node.args) - 1 :])
+    _, dim, begin, end, step = arguments
     at = _dim(dim, len(layout.dims))
     size = layout.dims[at]
     if size is None or step != 1 or not isinstance(begin, int | None) or not isinstance(end, int):

@@ -149,9 +149,9 @@ class _Lowering:
             values, weights = node.args[:1], node.args[1:3]
         elif node.target is ops.activation:
             values = node.args[:2]
-        elif node.target is ops.rotary:
-            values = node.args
-        elif node.target is torch.ops.aten.add.Tensor and not node.kwargs:
+        elif node.target is ops.rotary or (
+            node.target is torch.ops.aten.add.Tensor and not node.kwargs
+        ):
             values = node.args
         elif node.target in _COPIES:
             values = node.args[:1]
@@ -338,8 +338,8 @@ class _Emission:
             kind = "rms_once" if arguments[3] else "rms"
             program.norm(reads[0], out, self._vector(call.weights[0]), -1, arguments[2], kind)
         elif node.target is ops.layer_norm:
-            weight, bias = (self._vector(w) for w in call.weights)
-            program.norm(reads[0], out, weight, bias, arguments[3], "layer")
+            scale, shift = (self._vector(w) for w in call.weights)
+            program.norm(reads[0], out, scale, shift, arguments[3], "layer")
         elif node.target is ops.activation:
             gate = reads[1] if len(reads) > 1 else None
             program.activation(reads[0], gate, out, arguments[2])
