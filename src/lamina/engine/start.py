@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from lamina._native import ThreadPool
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel, convert
 from lamina.engine.engine import Engine
@@ -31,7 +32,7 @@ def start_engine(
     """Load the model, start the attention executors, and put the engine over them.
 
     Args:
-        model: an already converted model, instead of loading `config.model`.
+        model: an already converted model, used as it is, instead of loading `config.model`.
         progress: show a progress bar while weights load.
 
     Raises:
@@ -39,6 +40,7 @@ def start_engine(
     """
     if config.attention == "remote":
         start_fork_server()  # imports torch meanwhile
+    is_given = model is not None
     if model is None:
         model = convert(
             config.model,
@@ -54,8 +56,13 @@ def start_engine(
         model.max_model_len,
         this_machine(),
     )
+    if config.model_cores:
+        os.sched_setaffinity(0, config.model_cores)
     limit_threads(deployment.num_threads)
-    fleet = ExecutorFleet.start(config, model, deployment)
+    pool = ThreadPool(deployment.num_threads)
+    if not is_given:
+        model.optimize(pool)
+    fleet = ExecutorFleet.start(config, model, deployment, pool)
     return StartedEngine(Engine(config, model, deployment, fleet), fleet)
 
 

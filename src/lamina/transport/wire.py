@@ -18,7 +18,7 @@ Control channel (`control.py`): msgpack of `Envelope`, one ZeroMQ message each, 
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -104,6 +104,8 @@ class Assign(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     sinks: tuple[bytes | None, ...]
     """Per layer the sink values of the share's query heads, float32; None: no sinks."""
     dtype: str
+    """Of q, k, v and the output."""
+    kv_cache_dtype: Literal["auto", "int8"]
     num_pages: int
     page_tokens: int
     max_rows: int

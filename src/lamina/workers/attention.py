@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from lamina._native import ThreadPool
 from lamina.attention.executor import AttentionExecutor
 from lamina.errors import DeadlineExceeded, LaminaError
 from lamina.transport.control_client import ControlClient, Incoming
@@ -81,7 +82,7 @@ def _join_and_serve(start: WorkerStart) -> None:
     )
     control = ControlClient(start.address, JoinToken.parse(start.token), join, deadline=deadline)
     try:
-        _Worker(control, deadline).serve()
+        _Worker(control, start.num_threads, deadline).serve()
     except Exception as error:  # whatever it is, the engine must learn of it
         if control.engine_lost is None:
             control.send(WorkerError(type(error).__name__, str(error)))
@@ -93,7 +94,7 @@ def _join_and_serve(start: WorkerStart) -> None:
 class _Worker:
     """An attention worker that has joined."""
 
-    def __init__(self, control: ControlClient, deadline: float) -> None:
+    def __init__(self, control: ControlClient, num_threads: int, deadline: float) -> None:
         self._control = control
         self._queries: list[Incoming] = []
         incoming = control.receive(deadline)
@@ -107,6 +108,8 @@ class _Worker:
                 dtype=dtype,
                 num_pages=assign.num_pages,
                 page_tokens=assign.page_tokens,
+                kv_cache_dtype=assign.kv_cache_dtype,
+                pool=ThreadPool(num_threads),
             )
         except LaminaError as error:
             control.reply(incoming, WorkerError(type(error).__name__, str(error)))

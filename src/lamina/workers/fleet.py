@@ -44,7 +44,13 @@ _QUERY_TIMEOUT_S = 10.0
 class ExecutorFleet:
     """Starts, watches and stops the executors. Used by the engine's thread, except `_on_lost`."""
 
-    def __init__(self, config: EngineConfig, model: SlicedModel, deployment: Deployment) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: SlicedModel,
+        deployment: Deployment,
+        pool: _native.ThreadPool,
+    ) -> None:
         """Prepare; `start` is the way to get a running fleet."""
         self.ends: list[ExecutorEnd] = []
         """The model worker's ends of the links to all executors."""
@@ -59,20 +65,26 @@ class ExecutorFleet:
         self._lock = threading.Lock()
         self._closing = False
         self._control: ControlServer | None = None
-        self._pool = _native.ThreadPool(deployment.num_threads)
-        self._local = self._start_local()
+        self._local = self._start_local(pool)
 
     @classmethod
     def start(
-        cls, config: EngineConfig, model: SlicedModel, deployment: Deployment
+        cls,
+        config: EngineConfig,
+        model: SlicedModel,
+        deployment: Deployment,
+        pool: _native.ThreadPool,
     ) -> ExecutorFleet:
         """Start all executors and connect them.
+
+        Args:
+            pool: the model worker's threads, which the local executor uses when slices do not.
 
         Raises:
             CapacityError: a cache's memory cannot be had.
             EngineDead: a worker process did not start.
         """
-        fleet = cls(config, model, deployment)
+        fleet = cls(config, model, deployment, pool)
         try:
             if deployment.remote:
                 fleet._start_remote()
@@ -132,7 +144,7 @@ class ExecutorFleet:
         if self._control is not None:
             self._control.close()
 
-    def _start_local(self) -> AttentionExecutor:
+    def _start_local(self, pool: _native.ThreadPool) -> AttentionExecutor:
         model, deployment = self._model, self._deployment
         specs = model.attention_specs
         executor = AttentionExecutor(
@@ -141,6 +153,8 @@ class ExecutorFleet:
             dtype=model.dtype,
             num_pages=deployment.num_pages[LOCAL],
             page_tokens=self._config.block_size,
+            kv_cache_dtype=self._config.kv_cache_dtype,
+            pool=pool,
         )
         ours, theirs = inproc_pair("model-worker", "local", lambda: server.loop.pump())
         server = ExecutorServer(
@@ -222,6 +236,7 @@ class ExecutorFleet:
                 for spec, sinks in zip(model.attention_specs, model.sinks, strict=True)
             ),
             dtype=dtype,
+            kv_cache_dtype=config.kv_cache_dtype,
             num_pages=deployment.num_pages[executor],
             page_tokens=config.block_size,
             max_rows=config.max_num_batched_tokens,
