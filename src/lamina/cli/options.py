@@ -147,13 +147,13 @@ def engine_config(
     **fields: Any,
 ) -> EngineConfig:
     """An EngineConfig from option values; ConfigError names what is wrong."""
-    memory = attention_memory and parse_memory(attention_memory, "attention_memory")
+    memory = parse_memory(attention_memory, "attention_memory") if attention_memory else None
     return EngineConfig(
         model=model if model is not None else str(demo_model_path()),
         attention_workers=parse_attention_workers(attention_workers),
         attention_memory_bytes=memory if isinstance(memory, int) else None,
         attention_memory_fraction=memory if isinstance(memory, float) else None,
-        local_memory_bytes=local_memory and parse_bytes(local_memory, "local_memory"),
+        local_memory_bytes=parse_bytes(local_memory, "local_memory") if local_memory else None,
         model_cores=parse_cores(model_cores, "model_cores") if model_cores else (),
         worker_cores=parse_cores(worker_cores, "worker_cores") if worker_cores else (),
         **fields,
