@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "bindings/bindings.h"
+#include "bindings/interruptible.h"
 #include "core/wait.h"
 #include "transport/faulty.h"
 #include "transport/hop.h"
@@ -23,9 +24,6 @@ namespace lamina {
 
 namespace {
 
-/// Longest native wait without a look for signals (Ctrl-C).
-constexpr double kSignalSeconds = 0.1;
-
 void translate(const std::exception_ptr& pointer, void*) {
   try {
     std::rethrow_exception(pointer);
@@ -36,23 +34,6 @@ void translate(const std::exception_ptr& pointer, void*) {
     nb::object type = nb::module_::import_("lamina.errors").attr(name);
     nb::object error = type(failure.what(), "peer"_a = failure.peer);
     PyErr_SetObject(type.ptr(), error.ptr());
-  }
-}
-
-/// Run `wait(deadline)` without the interpreter, which handles signals now and then.
-template <typename Wait>
-auto interruptible(double deadline, const Wait& wait) {
-  while (true) {
-    const double until = std::min(deadline, monotonic_s() + kSignalSeconds);
-    try {
-      nb::gil_scoped_release release;
-      return wait(until);
-    } catch (const TransportFailure& failure) {
-      const bool is_early = failure.kind == TransportFailure::Kind::deadline && until < deadline &&
-                            monotonic_s() >= until;
-      if (!is_early) throw;
-    }
-    if (PyErr_CheckSignals() != 0) throw nb::python_error();
   }
 }
 

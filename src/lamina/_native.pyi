@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
+from typing_extensions import Buffer
 
 # --- core ---
 
@@ -23,6 +24,8 @@ class ThreadPool:
 
     @property
     def num_threads(self) -> int: ...
+
+_HeadShare = tuple[int, int, int]
 
 # --- transport ---
 
@@ -137,6 +140,272 @@ def bare_pong(fd: int, count: int, num_bytes: int, yields: bool) -> None:
 
 # --- attention ---
 
+class LayerSpec:
+    """One layer's attention of an executor's own heads, as `lamina.attention.spec` defines it."""
+
+    def __init__(
+        self,
+        *,
+        query_heads: int,
+        kv_heads: int,
+        head_dim_k: int,
+        head_dim_v: int,
+        scale: float,
+        window: int,
+        softcap: float,
+        sinks: list[float],
+    ) -> None:
+        """`window` and `softcap`: 0 is none. `sinks`: one per query head, or empty."""
+
+def page_bytes(layers: list[LayerSpec], cache_dtype: str, page_tokens: int) -> int:
+    """Bytes of one page over all layers, padding and scales included."""
+
+def available_memory_bytes() -> int:
+    """Bytes that this process can still commit: the machine's and its control group's least."""
+
+class StepSchedule:
+    """The work of one step, followed by all its layers. May outlive its executor's next `begin`."""
+
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def num_attending_rows(self) -> int: ...
+
+class AttentionExecutor:
+    """The native calls of a layer. Addresses are of contiguous memory in the model's dtype.
+
+    A attending rows, N rows, Hq and Hkv query and KV heads, Dk and Dv sizes of k and v vectors.
+    Calls release the GIL; one thread at a time.
+    """
+
+    @property
+    def num_layers(self) -> int: ...
+    def attend_cached(self, step: StepSchedule, layer: int, q: int) -> None:
+        """Attend over committed tokens. q [A, Hq, Dk] stays unchanged until `finish` returns."""
+
+    def finish(self, step: StepSchedule, layer: int, k: int, v: int, out: int) -> None:
+        """Append k [N, Hkv, Dk] and v [N, Hkv, Dv], attend to them, write out [A, Hq, Dv]."""
+
+class PagedAttention(AttentionExecutor):
+    """Keys and values in pages of this machine's memory, and attention over them."""
+
+    def __init__(
+        self,
+        layers: list[LayerSpec],
+        dtype: str,
+        cache_dtype: str,
+        num_pages: int,
+        page_tokens: int,
+        pool: ThreadPool,
+        isa: str = ...,
+    ) -> None:
+        """`isa`: a level instead of the process's. Raises CapacityError: not enough memory."""
+
+    def begin(
+        self,
+        num_rows: Buffer,
+        context_tokens: Buffer,
+        attends: Buffer,
+        num_pages: Buffer,
+        pages: Buffer,
+    ) -> StepSchedule:
+        """Decide a step's work. One entry per span, but for `pages`: those of all spans in order.
+
+        int32, `context_tokens` int64. Copied; the pages must hold context and new tokens and stay
+        the spans' own until the step is over.
+        """
+
+    def attend_share(
+        self,
+        layer: int,
+        pages: Buffer,
+        begin: int,
+        end: int,
+        first_position: int,
+        num_rows: int,
+        q: int,
+        out: int,
+        lse: int,
+    ) -> None:
+        """Attend over stored tokens [begin, end) of one sequence (`pages`), without sinks.
+
+        q [R, Hq, Dk] for rows from `first_position` on; writes out [R, Hq, Dv] and lse [R, Hq]
+        (natural logarithm), float32.
+        """
+
 # --- worker ---
 
+class ExecutorEnd:
+    """The model worker's end of a link: packs q, k and v into mailbox slots, unpacks outputs.
+
+    Addresses are those of contiguous tensors [T, heads, size] that cover all rows of the step.
+    Calls block at most until `deadline` (`time.monotonic()`) and raise TransportErrors.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        layers: Sequence[tuple[_HeadShare, _HeadShare, _HeadShare, _HeadShare]],
+        mailboxes: Sequence[tuple[int, int, int, int, int, int]],
+    ) -> None:
+        """
+        Args:
+            layers: per layer and tensor (q, k, v, out) the bytes of a row, and where in it the
+                executor's heads begin and how many bytes they take.
+            mailboxes: `lamina.transport.topology.StepMailboxes` per micro-batch.
+        """
+
+    def begin(
+        self,
+        micro_batch: int,
+        attending: Sequence[tuple[int, int]],
+        stored: Sequence[tuple[int, int]],
+    ) -> None:
+        """Rows of the next step as (first row, count): those that attend here, those kept here."""
+
+    def post_q(
+        self, micro_batch: int, layer: int, number: int, q_address: int, deadline: float
+    ) -> None: ...
+    def post_kv(
+        self,
+        micro_batch: int,
+        layer: int,
+        number: int,
+        k_address: int,
+        v_address: int,
+        deadline: float,
+    ) -> None: ...
+    def wait_out(self, micro_batch: int, layer: int, number: int, deadline: float) -> int:
+        """Address of the output [A, heads, size] in the mailbox; valid until the next wait."""
+
+    def collect_out(
+        self, micro_batch: int, layer: int, number: int, out_address: int, deadline: float
+    ) -> None:
+        """Wait for the output and copy it to its rows and heads of [T, heads, size]."""
+
+class LayerLoop:
+    """Serves all layers of the steps in progress without the interpreter."""
+
+    def __init__(
+        self,
+        link: Link,
+        executor: AttentionExecutor,
+        plans: Inbox | None,
+        mailboxes: Sequence[tuple[int, int, int, int, int, int]],
+        step_deadline_s: float,
+    ) -> None:
+        """`plans`: the mailbox whose next message ends `serve`."""
+
+    def add(self, micro_batch: int, first_number: int, schedule: StepSchedule) -> None:
+        """Serve a step; one of the same micro-batch that is still in progress is forgotten."""
+
+    @property
+    def in_step(self) -> bool:
+        """Whether layers of any step are still to be served."""
+
+    def serve(self, next_plan: int, wake_at: float) -> bool:
+        """Serve until plan number `next_plan` is here (True) or nothing is to do at `wake_at`."""
+
+    def pump(self) -> None:
+        """Serve the next message, which must be here: the other end runs in this thread."""
+
+    def times(self) -> tuple[float, float]:
+        """Seconds spent attending over cached tokens, and finishing layers, summed."""
+
+    def events(self) -> list[tuple[int, float, float, float, float]]:
+        """The last layers served, oldest first.
+
+        (message number, attending from, until, finishing from, until), in `time.monotonic()`.
+        """
+
 # --- dense ---
+
+View = tuple[int, int, int, int, int, int]
+"""Heads of a buffer's rows, in elements: (buffer, offset, row stride, head stride, heads, width).
+
+A row of a buffer belongs to a token. Element d of head h of row t lies at offset + t * row stride +
+h * head stride + d. Buffers count the program's arguments first, then its scratch buffers.
+"""
+
+class PackedLinear:
+    """Weights [N, K] and biases of a linear in the native layout; owns its (huge) pages."""
+
+    def __init__(self, element: str, num_outputs: int, num_inputs: int) -> None:
+        """All zero. `element`: bfloat16 or float32. Raises MemoryError."""
+
+    def set(
+        self,
+        first: int,
+        weights: int,
+        count: int,
+        output_stride: int,
+        input_stride: int,
+        pool: ThreadPool,
+    ) -> None:
+        """Copy outputs [first, first + count) from address `weights`; strides in elements."""
+
+    def set_bias(self, first: int, bias: list[float]) -> None:
+        """Set the biases of outputs from `first` on; those never set are zero."""
+
+    @property
+    def num_outputs(self) -> int: ...
+    @property
+    def num_inputs(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+class DenseProgram:
+    """Row-wise operations that run one after the other as one call. At most 64 buffers.
+
+    All values are of the program's element type; all arithmetic is float32. Operands of one
+    operation have the same heads and widths unless it says otherwise; outputs must not overlap
+    inputs. Methods raise ValueError for a view of no buffer.
+    """
+
+    def __init__(self, element: str, num_arguments: int) -> None:
+        """`element`: bfloat16 or float32."""
+
+    def scratch(self, width: int) -> int:
+        """A scratch buffer of `width` elements per row; returns its number."""
+
+    def linear(self, x: View, linear: int, out: View, residual: View | None = None) -> None:
+        """out = x @ W^T + bias, then + residual; W and bias are bound linear number `linear`.
+
+        One head each: x of K elements, out and residual of N.
+        """
+
+    def norm(self, x: View, out: View, weight: int, bias: int, eps: float, kind: str) -> None:
+        """Normalize each head. `weight`, `bias`: bound vectors, -1 for none.
+
+        `kind`: rms (round, then weight), rms_once (weight, then round) or layer.
+        """
+
+    def activation(self, x: View, gate: View | None, out: View, name: str) -> None:
+        """out = activation(x) * gate; silu, gelu_tanh, gelu or relu."""
+
+    def rotary(self, x: View, cos: View, sin: View, out: View) -> None:
+        """Rotate halves of each head's first R elements; cos and sin have one head of R."""
+
+    def add(self, x: View, other: View | None, out: View) -> None:
+        """out = x + other, or a copy of x."""
+
+class DenseWorkspace:
+    """Threads and scratch memory that programs share; they run one at a time."""
+
+    def __init__(self, pool: ThreadPool, isa: str | None = None) -> None:
+        """`isa`: an instruction set level instead of the active one."""
+
+class BoundDenseProgram:
+    """A program with weights. Keeps what it was made of alive."""
+
+    def __init__(
+        self,
+        program: DenseProgram,
+        workspace: DenseWorkspace,
+        linears: list[PackedLinear],
+        vectors: list[list[float]],
+    ) -> None:
+        """Raises ValueError or IndexError if weights are missing or of another shape."""
+
+    def run(self, num_rows: int, arguments: list[int]) -> None:
+        """Run on rows at the arguments' addresses. Blocks, without the interpreter's lock."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel, convert
 from lamina.engine.engine import Engine
+from lamina.kv.pages import cache_dtype_name
 from lamina.workers.deployment import Machine, resolve
 from lamina.workers.fleet import ExecutorFleet
 from lamina.workers.process import limit_threads, start_fork_server
@@ -47,7 +48,11 @@ def start_engine(
             progress=progress,
         )
     deployment = resolve(
-        config, model.attention_specs, model.dtype.itemsize, model.max_model_len, this_machine()
+        config,
+        model.attention_specs,
+        cache_dtype_name(config.kv_cache_dtype, str(model.dtype).removeprefix("torch.")),
+        model.max_model_len,
+        this_machine(),
     )
     limit_threads(deployment.num_threads)
     fleet = ExecutorFleet.start(config, model, deployment)
@@ -57,6 +62,6 @@ def start_engine(
 def this_machine() -> Machine:
     """Cores that this process may use, and physical memory."""
     return Machine(
-        num_cores=len(os.sched_getaffinity(0)),
+        cores=tuple(sorted(os.sched_getaffinity(0))),
         ram_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )

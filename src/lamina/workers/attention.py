@@ -34,8 +34,8 @@ from lamina.workers.serving import ExecutorServer
 
 logger = logging.getLogger("lamina.attention")
 
-_PLAN_POLL_S = 0.05
-"""How often a worker without work looks for control messages."""
+_CONTROL_POLL_S = 0.05
+"""How often a worker that has nothing to do looks for control messages."""
 
 
 class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +47,8 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     token: str
     """The join token's line."""
     num_threads: int
+    cores: tuple[int, ...]
+    """Cores to keep to; empty: any."""
     startup_timeout_s: float
 
 
@@ -58,6 +60,8 @@ def run_attention_worker(start: WorkerStart) -> None:
             still hear it.
     """
     _show_name(start.name)
+    if start.cores:
+        os.sched_setaffinity(0, start.cores)
     try:
         _join_and_serve(start)
     except LaminaError as error:
@@ -126,12 +130,7 @@ class _Worker:
         """Steps and control messages, until ShutdownWorker."""
         try:
             while not self._handle_control():
-                try:
-                    self._server.begin_step(time.monotonic() + _PLAN_POLL_S)
-                except DeadlineExceeded:
-                    continue
-                while self._server.in_step:
-                    self._server.serve_layer()
+                self._server.serve(time.monotonic() + _CONTROL_POLL_S)
         finally:
             self._link.close()
 

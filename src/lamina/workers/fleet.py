@@ -6,20 +6,21 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 
+from lamina import _native
 from lamina.attention.executor import AttentionExecutor
-from lamina.attention.partition import kv_head_range, query_head_range, shard_specs
-from lamina.attention.spec import AttentionSpec, fingerprint
+from lamina.attention.partition import query_head_range, shard_specs
+from lamina.attention.spec import fingerprint
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
 from lamina.errors import CapacityError, DeadlineExceeded, EngineDead, PeerLost
 from lamina.transport.control import ControlServer
 from lamina.transport.handshake import Listener
 from lamina.transport.inproc import inproc_pair
-from lamina.transport.mailbox import Link
+from lamina.transport.native import NativeLink
 from lamina.transport.wire import (
     Assign,
     IntegrityQuery,
@@ -31,7 +32,7 @@ from lamina.types import LOCAL
 from lamina.workers.attention import WorkerStart, integrity, run_attention_worker
 from lamina.workers.deployment import Deployment
 from lamina.workers.process import WorkerProcess
-from lamina.workers.routes import ExecutorEnd
+from lamina.workers.routes import ExecutorEnd, Share
 from lamina.workers.serving import ExecutorServer
 
 logger = logging.getLogger("lamina.workers")
@@ -53,12 +54,13 @@ class ExecutorFleet:
         self._names = {e: f"attention-worker-{e}" for e in deployment.remote} | {LOCAL: "local"}
         self._executors = {name: e for e, name in self._names.items()}
         self._processes: dict[int, WorkerProcess] = {}
-        self._links: dict[int, Link] = {}
+        self._links: dict[int, NativeLink] = {}
         self._lost: dict[int, str] = {}
         self._lock = threading.Lock()
         self._closing = False
         self._control: ControlServer | None = None
-        self._local, self._local_server = self._start_local()
+        self._pool = _native.ThreadPool(deployment.num_threads)
+        self._local = self._start_local()
 
     @classmethod
     def start(
@@ -100,8 +102,6 @@ class ExecutorFleet:
         reports: dict[int, IntegrityReply] = {}
         for end in self.ends:
             if end.executor == LOCAL:
-                while self._local_server.num_plans < end.num_plans:
-                    self._local_server.pump()
                 reports[LOCAL] = integrity(self._local)
                 continue
             assert self._control is not None
@@ -132,7 +132,7 @@ class ExecutorFleet:
         if self._control is not None:
             self._control.close()
 
-    def _start_local(self) -> tuple[AttentionExecutor, ExecutorServer]:
+    def _start_local(self) -> AttentionExecutor:
         model, deployment = self._model, self._deployment
         specs = model.attention_specs
         executor = AttentionExecutor(
@@ -142,7 +142,7 @@ class ExecutorFleet:
             num_pages=deployment.num_pages[LOCAL],
             page_tokens=self._config.block_size,
         )
-        ours, theirs = inproc_pair("model-worker", "local", lambda: server.pump())
+        ours, theirs = inproc_pair("model-worker", "local", lambda: server.loop.pump())
         server = ExecutorServer(
             theirs,
             executor,
@@ -152,8 +152,8 @@ class ExecutorFleet:
             max_spans=self._config.max_num_seqs,
             step_deadline_s=self._config.step_deadline_s,
         )
-        self._connect(LOCAL, ours, specs, (0, 1, 1))
-        return executor, server
+        self._connect(LOCAL, ours, (0, 1, 1), on_plan=server.take_plan)
+        return executor
 
     def _start_remote(self) -> None:
         config, deployment = self._config, self._deployment
@@ -169,6 +169,7 @@ class ExecutorFleet:
                 address=self._control.address,
                 token=self._control.token.line,
                 num_threads=deployment.worker_num_threads,
+                cores=deployment.worker_cores[executor],
                 startup_timeout_s=config.startup_timeout_s,
             )
             self._processes[executor] = WorkerProcess(
@@ -179,7 +180,8 @@ class ExecutorFleet:
                 on_exit=self._on_exit,
             )
         self._wait_for_joins(self._control, deadline)
-        listener = Listener()
+        # All workers that the engine starts itself are on this machine.
+        listener = Listener("127.0.0.1:0" if config.transport == "tcp" else "unix:@")
         try:
             for executor in deployment.remote:
                 self._assign(self._control, listener, executor, deadline)
@@ -234,27 +236,25 @@ class ExecutorFleet:
             error = CapacityError if reply.kind == CapacityError.__name__ else EngineDead
             raise error(f"{name}: {reply.message}")
         link = listener.accept({secret: (name, digest)}, deadline)
-        self._connect(executor, link, specs, share)
+        self._connect(executor, link, share)
 
     def _connect(
         self,
         executor: int,
-        link: Link,
-        specs: Sequence[AttentionSpec],
-        share: tuple[int, int, int],
+        link: NativeLink,
+        share: Share,
+        on_plan: Callable[[], None] | None = None,
     ) -> None:
-        """`share`: head units [start, stop) of how many."""
-        whole = self._model.attention_specs
         self.ends.append(
             ExecutorEnd(
                 executor,
                 link,
-                specs,
-                [slice(*query_head_range(spec, *share)) for spec in whole],
-                [slice(*kv_head_range(spec, *share)) for spec in whole],
+                self._model.attention_specs,
+                share,
                 dtype=self._model.dtype,
                 max_rows=self._config.max_num_batched_tokens,
                 max_spans=self._config.max_num_seqs,
+                on_plan=on_plan,
             )
         )
         with self._lock:

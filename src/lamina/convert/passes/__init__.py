@@ -1,0 +1,132 @@
+"""Rewrites of programs for the device that runs them, after cutting and loading weights.
+
+A pass changes a copy of a program's graph; the program itself stays the reference. Per distinct
+program the copy is made once; per stage its weights are bound: packed weights take the place of the
+plain ones, whose memory is freed with the last stage that reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from lamina._native import DenseWorkspace, PackedLinear, ThreadPool
+from lamina.convert.passes.fuse import fuse
+from lamina.convert.passes.lower import lower, sorted_copy
+from lamina.convert.passes.native import BoundRegion, Region
+
+if TYPE_CHECKING:
+    from lamina.convert.program import Program
+    from lamina.convert.slices import BoundStage
+
+_ELEMENTS = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A program after the passes: `run(*values, *plain weights, *bound regions)`."""
+
+    run: Callable[..., tuple[Any, ...]]
+    module: fx.GraphModule
+    num_values: int
+    weights: tuple[int, ...]
+    """Which of the program's arguments are still read as plain tensors."""
+    regions: tuple[Region, ...]
+
+
+class NativePasses:
+    """Rewrites stages to call native code on a pool's threads. Used for the stages of one model."""
+
+    def __init__(self, pool: ThreadPool, *, isa: str | None = None) -> None:
+        """`isa`: the instruction set level to use; None: the active one."""
+        self._pool = pool
+        self._workspace = DenseWorkspace(pool, isa)
+        self._programs: dict[tuple[int, int], Rewritten] = {}
+        self._packed: dict[Any, PackedLinear] = {}
+
+    @property
+    def programs(self) -> tuple[Rewritten, ...]:
+        """The distinct programs that were made."""
+        return tuple(self._programs.values())
+
+    @property
+    def num_packed_bytes(self) -> int:
+        """Memory of all packed weights."""
+        return sum(packed.num_bytes for packed in self._packed.values())
+
+    def rewrite(self, bound: BoundStage) -> BoundStage:
+        """The stage with its rewritten program and the weights that this reads."""
+        program, stage = bound.stage.program, bound.stage
+        key = (id(program), len(stage.values))
+        if (made := self._programs.get(key)) is None:
+            made = self._programs[key] = rewrite_program(program, len(stage.values))
+        nodes = (*stage.values, *stage.weights)
+        tensors: dict[int, torch.Tensor] = dict(
+            zip(range(len(stage.values), len(nodes)), bound.weights, strict=True)
+        )
+        regions = [self._bind(region, nodes, tensors) for region in made.regions]
+        weights = (*(tensors[i] for i in made.weights), *regions)
+        return replace(bound, run=made.run, weights=weights)
+
+    def _bind(
+        self, region: Region, nodes: tuple[fx.Node, ...], tensors: dict[int, torch.Tensor]
+    ) -> BoundRegion:
+        linears = []
+        for weight, bias, is_transposed in region.linears:
+            key = (nodes[weight], None if bias is None else nodes[bias], is_transposed)
+            if key not in self._packed:
+                self._packed[key] = pack(
+                    tensors[weight], None if bias is None else tensors[bias], is_transposed,
+                    self._pool,
+                )  # fmt: skip
+            linears.append(self._packed[key])
+        return region.bind(self._workspace, linears, [tensors[i] for i in region.vectors])
+
+
+def rewrite_program(program: Program, num_values: int) -> Rewritten:
+    """Fuse and lower a copy of the program's graph.
+
+    Args:
+        num_values: how many of the program's arguments are values; the others are weights.
+    """
+    graph = fx.Graph()
+    output = graph.graph_copy(program.module.graph, {})
+    graph.output(output)
+    arguments = [n for n in graph.nodes if n.op == "placeholder"]
+    fuse(graph)
+    weights = frozenset(arguments[num_values:])
+    regions = lower(graph, weights)
+    graph, kept = sorted_copy(graph, weights)
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    number = {node: i for i, node in enumerate(arguments)}
+    return Rewritten(
+        run=module.forward,
+        module=module,
+        num_values=num_values,
+        weights=tuple(number[n] for n in kept),
+        regions=tuple(regions.values()),
+    )
+
+
+def pack(
+    weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool, pool: ThreadPool
+) -> PackedLinear:
+    """A copy of a linear's weights in the native layout.
+
+    Args:
+        weight: bfloat16 or float32 [outputs, inputs]; [inputs, outputs] if `is_transposed`.
+        bias: [outputs].
+    """
+    if is_transposed:
+        weight = weight.T
+    num_outputs, num_inputs = weight.shape
+    packed = PackedLinear(_ELEMENTS[weight.dtype], num_outputs, num_inputs)
+    output_stride, input_stride = weight.stride()
+    packed.set(0, weight.data_ptr(), num_outputs, output_stride, input_stride, pool)
+    if bias is not None:
+        packed.set_bias(0, bias.detach().float().tolist())
+    return packed
