@@ -72,11 +72,13 @@ size_t wait_any(Link& link, const std::vector<std::pair<SlotInbox*, uint64_t>>& 
   return interruptible(deadline, [&](double until) { return link.wait_any(all, until); });
 }
 
-/// The memory of a slot as a torch tensor that keeps `inbox`, and so its link, alive.
-nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>> slot(nb::handle_t<SlotInbox> inbox, int index) {
-  const SlotInbox& box = nb::cast<const SlotInbox&>(inbox);
-  const size_t shape[1] = {box.capacity_bytes()};
-  return {box.memory().slot(static_cast<uint64_t>(index)), 1, shape, inbox};
+/// The memory of a slot as a torch tensor that keeps it alive, but not its link.
+nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>> slot(const SlotInbox& inbox, int index) {
+  auto* owner = new std::shared_ptr<Memory>(inbox.memory().memory);
+  const nb::capsule capsule(
+      owner, [](void* pointer) noexcept { delete static_cast<std::shared_ptr<Memory>*>(pointer); });
+  const size_t shape[1] = {inbox.capacity_bytes()};
+  return {inbox.memory().slot(static_cast<uint64_t>(index)), 1, shape, capsule};
 }
 
 /// A Python function as pump. Known by type, so that the garbage collector can see it.
@@ -154,6 +156,7 @@ void bind_transport(nb::module_& module) {
   nb::register_exception_translator(translate);
   module.attr("PACER_YIELD_S") = Pacer::kYieldSeconds;
 
+  // Mailboxes belong to their link: Python objects of them must not outlive it (native.py).
   nb::class_<Outbox>(module, "Outbox")
       .def_prop_ro("capacity_bytes", &Outbox::capacity_bytes)
       .def("post", &post);
@@ -163,13 +166,13 @@ void bind_transport(nb::module_& module) {
       .def("slot", &slot, "index"_a);
   nb::class_<Link>(module, "Link")
       .def_prop_ro("peer", &Link::peer)
-      .def("outbox", &Link::outbox, "mailbox"_a, "capacity_bytes"_a, nb::rv_policy::reference_internal)
+      .def("outbox", &Link::outbox, "mailbox"_a, "capacity_bytes"_a, nb::rv_policy::reference)
       .def(
           "inbox",
           [](Link& link, uint16_t mailbox, size_t capacity_bytes) -> SlotInbox& {
             return dynamic_cast<SlotInbox&>(link.inbox(mailbox, capacity_bytes));
           },
-          "mailbox"_a, "capacity_bytes"_a, nb::rv_policy::reference_internal)
+          "mailbox"_a, "capacity_bytes"_a, nb::rv_policy::reference)
       .def("wait_any", &wait_any, "awaited"_a, "deadline"_a)
       .def("fail", &Link::fail, "reason"_a)
       .def("close", &Link::close, nb::call_guard<nb::gil_scoped_release>());

@@ -33,7 +33,7 @@ PACER_YIELD_S: float
 """Seconds that a wait yields the core before it sleeps."""
 
 class Outbox:
-    """The sending end of a native mailbox; keeps its link alive."""
+    """The sending end of a native mailbox. Belongs to its link, which must outlive it."""
 
     @property
     def capacity_bytes(self) -> int: ...
@@ -44,7 +44,7 @@ class Outbox:
         """
 
 class Inbox:
-    """The receiving end of a native mailbox; keeps its link alive."""
+    """The receiving end of a native mailbox. Belongs to its link, which must outlive it."""
 
     @property
     def capacity_bytes(self) -> int: ...

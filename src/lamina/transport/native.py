@@ -24,13 +24,13 @@ class NativeLink(Link):
 
     def outbox(self, mailbox: int, capacity_bytes: int) -> NativeOutbox:
         try:
-            return NativeOutbox(self.native.outbox(mailbox, capacity_bytes))
+            return NativeOutbox(self, self.native.outbox(mailbox, capacity_bytes))
         except RuntimeError as error:
             raise CapacityError(str(error)) from error
 
     def inbox(self, mailbox: int, capacity_bytes: int) -> NativeInbox:
         try:
-            return NativeInbox(self.native.inbox(mailbox, capacity_bytes))
+            return NativeInbox(self, self.native.inbox(mailbox, capacity_bytes))
         except RuntimeError as error:
             raise CapacityError(str(error)) from error
 
@@ -51,7 +51,8 @@ class NativeLink(Link):
 class NativeOutbox(Outbox):
     """Copies what is posted straight into the slot (shm, inproc) or the send buffer (tcp)."""
 
-    def __init__(self, native: _native.Outbox) -> None:
+    def __init__(self, link: NativeLink, native: _native.Outbox) -> None:
+        self._link = link  # `native` is a part of it
         self.native = native
         self.capacity_bytes = native.capacity_bytes
 
@@ -66,7 +67,8 @@ class NativeOutbox(Outbox):
 class NativeInbox(Inbox):
     """Gives out views of the slots, made once."""
 
-    def __init__(self, native: _native.Inbox) -> None:
+    def __init__(self, link: NativeLink, native: _native.Inbox) -> None:
+        self._link = link  # `native` is a part of it
         self.native = native
         self.capacity_bytes = native.capacity_bytes
         self._slots = [native.slot(index) for index in (0, 1)]
