@@ -320,7 +320,7 @@ class LayerLoop:
 
 # --- dense ---
 
-View = tuple[int, int, int, int, int, int]
+_View = tuple[int, int, int, int, int, int]
 """Heads of a buffer's rows, in elements: (buffer, offset, row stride, head stride, heads, width).
 
 A row of a buffer belongs to a token. Element d of head h of row t lies at offset + t * row stride +
@@ -368,25 +368,25 @@ class DenseProgram:
     def scratch(self, width: int) -> int:
         """A scratch buffer of `width` elements per row; returns its number."""
 
-    def linear(self, x: View, linear: int, out: View, residual: View | None = None) -> None:
+    def linear(self, x: _View, linear: int, out: _View, residual: _View | None = None) -> None:
         """out = x @ W^T + bias, then + residual; W and bias are bound linear number `linear`.
 
         One head each: x of K elements, out and residual of N.
         """
 
-    def norm(self, x: View, out: View, weight: int, bias: int, eps: float, kind: str) -> None:
+    def norm(self, x: _View, out: _View, weight: int, bias: int, eps: float, kind: str) -> None:
         """Normalize each head. `weight`, `bias`: bound vectors, -1 for none.
 
         `kind`: rms (round, then weight), rms_once (weight, then round) or layer.
         """
 
-    def activation(self, x: View, gate: View | None, out: View, name: str) -> None:
+    def activation(self, x: _View, gate: _View | None, out: _View, name: str) -> None:
         """out = activation(x) * gate; silu, gelu_tanh, gelu or relu."""
 
-    def rotary(self, x: View, cos: View, sin: View, out: View) -> None:
+    def rotary(self, x: _View, cos: _View, sin: _View, out: _View) -> None:
         """Rotate halves of each head's first R elements; cos and sin have one head of R."""
 
-    def add(self, x: View, other: View | None, out: View) -> None:
+    def add(self, x: _View, other: _View | None, out: _View) -> None:
         """out = x + other, or a copy of x."""
 
 class DenseWorkspace:

@@ -54,6 +54,11 @@ class NativePasses:
         return tuple(self._programs.values())
 
     @property
+    def num_packed_linears(self) -> int:
+        """How many linears' weights are packed."""
+        return len(self._packed)
+
+    @property
     def num_packed_bytes(self) -> int:
         """Memory of all packed weights."""
         return sum(packed.num_bytes for packed in self._packed.values())

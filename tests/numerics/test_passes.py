@@ -1,0 +1,115 @@
+"""Slices after the native passes give what the plain slices give, family by family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lamina._native import ThreadPool, available_isas
+from lamina.convert import SlicedModel, convert
+from lamina.convert.weights import Dtype
+from support.families import FAMILIES, save_tiny_model
+from support.slices import run_slices
+
+POOL = ThreadPool(2)
+PROMPTS = [torch.arange(3, 30), torch.tensor([5]), torch.tensor([99, 4, 30])]
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi")
+"""Families whose stages between attention ops are one native call each."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: save_tiny_model(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+
+
+def _optimized(folder: Path, dtype: Dtype, isa: str | None = None) -> SlicedModel:
+    model = convert(folder, dtype=dtype)
+    model.optimize(POOL, isa=isa)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_logits_and_greedy_tokens_are_the_same(
+    family: str, folders: dict[str, Path]
+) -> None:
+    plain = run_slices(convert(folders[family]), PROMPTS)
+    for got, want in zip(run_slices(_optimized(folders[family], "auto"), PROMPTS), plain,
+                         strict=True):  # fmt: skip
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+        assert torch.equal(got.argmax(-1), want.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_as_close_to_float32_as_plain_slices_are(
+    family: str, dtype: Dtype, folders: dict[str, Path]
+) -> None:
+    prompt = PROMPTS[:1]
+    (exact,) = run_slices(convert(folders[family]), prompt)
+    (plain,) = run_slices(convert(folders[family], dtype=dtype), prompt)
+    (got,) = run_slices(_optimized(folders[family], dtype), prompt)
+    error, allowed = ((x - exact).pow(2).mean().sqrt() for x in (got, plain))
+    assert error <= 1.25 * allowed + 1e-4
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_every_instruction_set(isa: str, folders: dict[str, Path]) -> None:
+    for family in ("qwen3", "gpt2"):
+        (want,) = run_slices(convert(folders[family]), PROMPTS[:1])
+        (got,) = run_slices(_optimized(folders[family], "auto", isa), PROMPTS[:1])
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_a_stage_of_a_dense_model_is_one_native_call(family: str, folders: dict[str, Path]) -> None:
+    model = _optimized(folders[family], "bfloat16")
+    assert model.passes is not None
+    for part in model.slices[1:-1]:
+        for stage in (part.q, part.kv, part.deferred):
+            if stage is not None:
+                ops = [n for n in stage.run.__self__.graph.nodes if n.op == "call_function"]  # type: ignore[attr-defined]
+                assert ops == [], "nothing is left to torch"
+
+
+def test_more_layers_make_no_more_programs(tmp_path: Path) -> None:
+    counts = []
+    for num_layers in (3, 5):
+        config = FAMILIES["qwen3"]()
+        config.num_hidden_layers = num_layers
+        config.layer_types = ["full_attention"] * num_layers
+        config.save_pretrained(tmp_path)
+        model = convert(tmp_path, load_format="dummy")
+        before = model.num_programs
+        model.optimize(POOL)
+        assert model.passes is not None
+        counts.append(len(model.passes.programs))
+        assert counts[-1] <= before == model.num_programs
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "gpt2"])
+def test_weights_are_held_once(family: str, folders: dict[str, Path]) -> None:
+    """Plain matrices stay only where a torch op reads them: the embedding, tied or not."""
+    model = _optimized(folders[family], "bfloat16")
+    assert model.passes is not None
+    plain = {
+        weight.data_ptr(): weight
+        for part in model.slices
+        for stage in (part.q, part.kv, part.deferred)
+        if stage is not None
+        for weight in stage.weights
+        if isinstance(weight, torch.Tensor)
+    }
+    matrices = [w for w in plain.values() if w.dim() == 2]
+    assert [tuple(w.shape) for w in matrices] == [(128, matrices[0].shape[1])]
+    used = sum(
+        len(weight.region.linears)
+        for part in model.slices
+        for stage in (part.q, part.kv, part.deferred)
+        if stage is not None
+        for weight in stage.weights
+        if not isinstance(weight, torch.Tensor)
+    )
+    assert model.passes.num_packed_linears == used, "each linear is packed once"
