@@ -112,6 +112,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     head."""
     transport: Literal["auto", "shm", "tcp"] = "auto"
     """Between model worker and attention workers; auto: shm for workers of this machine."""
+    busy_poll_s: float = 2e-3
+    """How long a wait for a message looks and yields its core before it sleeps. Longer costs
+    processor time while nothing is in flight, shorter costs wake-ups."""
     attention_memory_bytes: int | None = None
     """KV memory of each attention worker (or of the local executor with attention=local).
     None: enough for `max_num_seqs` sequences of the model's length, at most a quarter of RAM."""
@@ -145,6 +148,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             if not ok:
                 raise ConfigError(f"{field} must be {want}, got {getattr(self, field)}")
 
+        need(self.busy_poll_s >= 0, "busy_poll_s", "at least 0")
         share = self.attention_memory_fraction
         need(share is None or 0.0 < share <= 1.0, "attention_memory_fraction", "in (0, 1]")
         if share is not None and self.attention_memory_bytes is not None:

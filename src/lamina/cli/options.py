@@ -75,6 +75,10 @@ _OPTIONS: dict[str, tuple[Any, object]] = {
         Literal["auto", "shm", "tcp"], "auto",
         "To the attention workers; auto: shm for those of this machine.", _ATTENTION,
     ),
+    "busy_poll_s": _option(
+        float, _DEFAULT.busy_poll_s,
+        "How long a wait for a message yields its core before it sleeps.", _ATTENTION,
+    ),
     "attention_memory": _option(
         str | None, None,
         "KV memory of each attention worker, such as 8GiB; or a fraction of the machine's, such "

@@ -116,6 +116,8 @@ class Assign(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     fingerprint: str
     """Of the tensor channel's hello."""
     step_deadline_s: float
+    busy_poll_s: float
+    """How long the worker's waits yield the core before they sleep."""
 
 
 class Assigned(msgspec.Struct, frozen=True, tag=True):

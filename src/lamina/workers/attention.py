@@ -117,7 +117,12 @@ class _Worker:
         control.reply(incoming, Assigned(assign.num_pages))
         self._executor = executor
         self._link = connect(
-            assign.tensor_address, assign.secret, assign.fingerprint, control.name, deadline
+            assign.tensor_address,
+            assign.secret,
+            assign.fingerprint,
+            control.name,
+            deadline,
+            busy_poll_s=assign.busy_poll_s,
         )
         self._server = ExecutorServer(
             self._link,

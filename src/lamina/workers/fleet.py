@@ -195,7 +195,10 @@ class ExecutorFleet:
             )
         self._wait_for_joins(self._control, deadline)
         # All workers that the engine starts itself are on this machine.
-        listener = Listener("127.0.0.1:0" if config.transport == "tcp" else "unix:@")
+        listener = Listener(
+            "127.0.0.1:0" if config.transport == "tcp" else "unix:@",
+            busy_poll_s=config.busy_poll_s,
+        )
         try:
             for executor in deployment.remote:
                 self._assign(self._control, listener, executor, deadline)
@@ -245,6 +248,7 @@ class ExecutorFleet:
             secret=secret,
             fingerprint=digest,
             step_deadline_s=config.step_deadline_s,
+            busy_poll_s=config.busy_poll_s,
         )
         reply = control.request(name, assign, deadline)
         if isinstance(reply, WorkerError):

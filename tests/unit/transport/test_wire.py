@@ -42,7 +42,8 @@ ASSIGN = st.builds(
     sinks=st.lists(st.none() | st.binary(max_size=64), max_size=4).map(tuple),
     dtype=TEXT, num_pages=U64, page_tokens=U16, max_rows=U16,
     max_spans=U16, tensor_address=TEXT, secret=st.binary(max_size=64),
-    fingerprint=TEXT, step_deadline_s=st.floats(0, 1e9),
+    fingerprint=TEXT, step_deadline_s=st.floats(0, 1e9), busy_poll_s=st.floats(0, 1),
+    kv_cache_dtype=st.sampled_from(["auto", "int8"]),
 )  # fmt: skip
 JOIN = st.builds(Join, name=TEXT, pid=U64, host=TEXT, device=TEXT, memory_bytes=U64,
                  num_threads=U16, protocol_version=U16)  # fmt: skip
