@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from lamina.transport.native import NativeLink
 
 from lamina.attention.executor import AttentionExecutor
 from lamina.attention.spec import AttentionSpec
 from lamina.errors import DeadlineExceeded, PeerLost, ProtocolMismatch, TransportError
 from lamina.transport.faulty import Fault, FaultyLink
 from lamina.transport.inproc import inproc_pair
+from lamina.transport.native import NativeLink
 from lamina.transport.topology import PLAN_MAILBOX, message_number, plan_mailbox_bytes
 from lamina.types import LOCAL, Span, StepPlan
 from lamina.workers.routes import ExecutorEnd, Route, Share
