@@ -5,7 +5,6 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -20,25 +19,6 @@ namespace lamina {
 namespace {
 
 using Kind = TransportFailure::Kind;
-
-constexpr char kMagic[4] = {'L', 'M', 'N', 'F'};
-
-bool would_block(int error) { return error == EAGAIN || error == EWOULDBLOCK || error == EINTR; }
-
-/// As Python shows bytes.
-std::string shown(const char* bytes, size_t count) {
-  static constexpr char kDigits[] = "0123456789abcdef";
-  std::string text = "b'";
-  for (size_t i = 0; i < count; ++i) {
-    const auto byte = static_cast<unsigned char>(bytes[i]);
-    if (byte >= 0x20 && byte < 0x7f) {
-      text += bytes[i];
-    } else {
-      text += {'\\', 'x', kDigits[byte >> 4], kDigits[byte & 15]};
-    }
-  }
-  return text + "'";
-}
 
 }  // namespace
 
@@ -86,17 +66,18 @@ size_t TcpLink::wait_any(std::span<const Awaited> awaited, double deadline) {
     return false;
   };
   until(ready, [&] { return "posted none of " + std::to_string(awaited.size()) + " messages"; },
-        deadline);
+        deadline, awaited.empty() ? nullptr : static_cast<TcpInbox*>(awaited[0].inbox));
   return found;
 }
 
 /// With `in_use_` held. ProtocolMismatch breaks the link.
 template <typename Ready, typename Describe>
-void TcpLink::until(const Ready& ready, const Describe& what, double deadline) {
+void TcpLink::until(const Ready& ready, const Describe& what, double deadline,
+                    TcpInbox* expected) {
   try {
     Pacer pacer(busy_poll_s_);
     while (!ready()) {
-      switch (receive()) {
+      switch (receive(expected)) {
         case Received::some:
           pacer = Pacer(busy_poll_s_);
           continue;
@@ -126,7 +107,7 @@ void TcpLink::send(const std::byte* data, size_t num_bytes, uint16_t mailbox, ui
   while (num_sent < num_bytes) {
     Received received;
     try {
-      received = receive();
+      received = receive(nullptr);
     } catch (const TransportFailure& failure) {
       if (failure.kind == Kind::protocol) throw_broken(failure);
       throw;
@@ -161,110 +142,8 @@ size_t TcpLink::send_some(const std::byte* data, size_t num_bytes) {
   const ssize_t count = ::send(fd_, data, num_bytes, MSG_NOSIGNAL | MSG_DONTWAIT);
   if (count >= 0) return static_cast<size_t>(count);
   const int error = errno;
-  if (would_block(error)) return 0;
+  if (error == EAGAIN || error == EINTR) return 0;
   lost(std::string("the connection broke: ") + std::strerror(error));
-}
-
-TcpLink::Received TcpLink::receive() {
-  if (!has_header_ && staged_end_ - staged_begin_ >= sizeof(FrameHeader)) {
-    header_ = parse(staging_.data() + staged_begin_);
-    staged_begin_ += sizeof(FrameHeader);
-    has_header_ = true;
-  }
-  if (has_header_ && box_ == nullptr && !place()) return Received::no_room;
-  if (box_ != nullptr) {
-    const size_t num_wanted = header_.num_bytes - num_got_;
-    std::byte* target = box_->writer.next_slot() + num_got_;
-    const size_t num_staged = std::min(num_wanted, staged_end_ - staged_begin_);
-    std::memcpy(target, staging_.data() + staged_begin_, num_staged);
-    staged_begin_ += num_staged;
-    num_got_ += num_staged;
-    if (num_got_ < header_.num_bytes) {
-      size_t count = 0;
-      if (!read(target + num_staged, num_wanted - num_staged, count)) return Received::none;
-      num_got_ += count;
-    }
-    if (num_got_ == header_.num_bytes) arrived();
-    return Received::some;
-  }
-  // Part of a header may lie there.
-  std::memmove(staging_.data(), staging_.data() + staged_begin_, staged_end_ - staged_begin_);
-  staged_end_ -= staged_begin_;
-  staged_begin_ = 0;
-  size_t count = 0;
-  return read(nullptr, 0, count) ? Received::some : Received::none;
-}
-
-bool TcpLink::place() {
-  const auto found = inboxes_.find(header_.mailbox);
-  if (found == inboxes_.end() || !found->second->writer.has_room()) return false;
-  found->second->writer.check(header_.seq, header_.num_bytes, peer_);
-  box_ = found->second.get();
-  num_got_ = 0;
-  return true;
-}
-
-/// Read towards `num_wanted` bytes of `target`, and into the staging buffer what comes after them.
-/// `num_got`: bytes of `target`. False when there is nothing.
-bool TcpLink::read(std::byte* target, size_t num_wanted, size_t& num_got) {
-  iovec parts[2] = {{target, num_wanted},
-                    {staging_.data() + staged_end_, kStagingBytes - staged_end_}};
-  if (num_wanted != 0) {  // then nothing is staged
-    staged_begin_ = staged_end_ = 0;
-    parts[1] = {staging_.data(), kStagingBytes};
-  }
-  const ssize_t count = num_wanted != 0 ? ::readv(fd_, parts, 2)
-                                        : ::read(fd_, parts[1].iov_base, parts[1].iov_len);
-  if (count < 0) {
-    const int error = errno;
-    if (would_block(error)) return false;
-    lost(std::string("the connection broke: ") + std::strerror(error));
-  }
-  if (count == 0) lost("closed the connection");
-  num_got = std::min(num_wanted, static_cast<size_t>(count));
-  staged_end_ += static_cast<size_t>(count) - num_got;
-  return true;
-}
-
-void TcpLink::arrived() {
-  box_->writer.publish(header_.seq, header_.num_bytes);
-  box_ = nullptr;
-  has_header_ = false;
-}
-
-FrameHeader TcpLink::parse(const std::byte* data) const {
-  FrameHeader header;
-  std::memcpy(&header, data, sizeof(header));
-  if (std::memcmp(header.magic, kMagic, sizeof(kMagic)) != 0) {
-    throw TransportFailure(
-        Kind::protocol,
-        "a frame that starts with " + shown(header.magic, 4) + " instead of " + shown(kMagic, 4),
-        peer_);
-  }
-  if (header.version != version_) {
-    throw TransportFailure(Kind::protocol,
-                           "speaks protocol version " + std::to_string(header.version) +
-                               ", this side " + std::to_string(version_) +
-                               "; run the same Lamina version on both sides",
-                           peer_);
-  }
-  return header;
-}
-
-void TcpLink::stuck() {
-  using std::to_string;
-  if (!inboxes_.contains(header_.mailbox)) {
-    throw TransportFailure(Kind::protocol,
-                           "posted to mailbox " + to_string(header_.mailbox) +
-                               ", which this side does not have",
-                           peer_);
-  }
-  throw TransportFailure(Kind::protocol,
-                         "message " + to_string(header_.seq) + " of mailbox " +
-                             to_string(header_.mailbox) +
-                             " is in front of what this side waits for, and two messages before "
-                             "it are still unread",
-                         peer_);
 }
 
 void TcpLink::poll(short events, double deadline) {
@@ -316,7 +195,7 @@ std::byte* TcpOutbox::reserve(uint64_t seq, size_t num_bytes, double) {
                         link_.peer_});
   }
   header_ = {{}, link_.version_, mailbox_, seq, num_bytes};
-  std::memcpy(header_.magic, kMagic, sizeof(kMagic));
+  std::memcpy(header_.magic, kFrameMagic, sizeof(kFrameMagic));
   return memory_->data() + kSlotAlignment;
 }
 
@@ -336,7 +215,7 @@ std::span<const std::byte> TcpInbox::wait(uint64_t seq, double deadline,
                 return "did not post message " + std::to_string(seq) + " of mailbox " +
                        std::to_string(reader_.memory().mailbox);
               },
-              deadline);
+              deadline, this);
   try {
     return reader_.take(seq, num_bytes);
   } catch (const TransportFailure& failure) {

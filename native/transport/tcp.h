@@ -5,17 +5,23 @@
 // all integers little-endian. No thread of its own: a wait reads frames into the slots of whatever
 // mailbox they belong to until the wanted one is complete; a post sends header and payload with one
 // call, and while the socket takes no more it reads what comes, so that two peers that post large
-// messages to each other both get through. Small frames come out of the socket several at a time
-// through a buffer; what a large one lacks then is read straight into its slot.
+// messages to each other both get through.
+//
+// Reading: small frames come out of the socket several at a time through a staging buffer; what a
+// large one lacks then is read straight into its slot. A wait expects the next frame to be as long
+// as the last one of the mailbox it waits for, and if that is large, has the whole of it put into
+// the slot with one call. When something else comes, it is moved to the staging buffer.
 #pragma once
 
-#include <array>
+#include <sys/uio.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "core/wait.h"
 #include "transport/failure.h"
@@ -32,6 +38,7 @@ struct FrameHeader {
   uint64_t num_bytes;
 };
 static_assert(sizeof(FrameHeader) == 24);
+constexpr char kFrameMagic[4] = {'L', 'M', 'N', 'F'};
 
 class TcpInbox;
 class TcpOutbox;
@@ -58,15 +65,17 @@ class TcpLink : public Link {
   enum class Received { some, none, no_room };
 
   template <typename Ready, typename Describe>
-  void until(const Ready& ready, const Describe& what, double deadline);
+  void until(const Ready& ready, const Describe& what, double deadline, TcpInbox* expected);
 
   void send(const std::byte* data, size_t num_bytes, uint16_t mailbox, uint64_t seq,
             double deadline);
   size_t send_some(const std::byte* data, size_t num_bytes);
 
-  Received receive();
+  Received receive(TcpInbox* expected);
+  Received receive_expected(TcpInbox& expected);
   bool place();
   bool read(std::byte* target, size_t num_wanted, size_t& num_got);
+  bool read_parts(const iovec* parts, int num_parts, size_t& num_read);
   void arrived();
   FrameHeader parse(const std::byte* data) const;
 
@@ -76,6 +85,7 @@ class TcpLink : public Link {
   [[noreturn]] void stuck();
   void poll(short events, double deadline);
 
+  /// Grows only when an expectation was wrong.
   static constexpr size_t kStagingBytes = 4096;
 
   std::string peer_;
@@ -94,7 +104,7 @@ class TcpLink : public Link {
   FrameHeader header_ = {};
   TcpInbox* box_ = nullptr;
   size_t num_got_ = 0;
-  std::array<std::byte, kStagingBytes> staging_;
+  std::vector<std::byte> staging_ = std::vector<std::byte>(kStagingBytes);
   size_t staged_begin_ = 0;
   size_t staged_end_ = 0;
 };

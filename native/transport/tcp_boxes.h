@@ -39,6 +39,9 @@ class TcpInbox : public SlotInbox {
   /// Takes the messages in from the connection.
   SlotWriter writer;
 
+  /// Payload of the last message that came.
+  size_t last_num_bytes = 0;
+
  private:
   TcpLink& link_;
 };

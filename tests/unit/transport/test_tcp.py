@@ -7,6 +7,8 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from itertools import pairwise
+from random import Random
 
 import pytest
 
@@ -156,3 +158,27 @@ def test_links_do_not_copy_on_the_way_in(raw: Raw) -> None:
         addresses.append(inbox.wait(n, soon()).data_ptr())
     assert len(set(addresses)) == 2
     assert addresses[::2] == addresses[:1] * 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_wrong_expectations_of_what_comes_next_lose_nothing(raw: Raw, seed: int) -> None:
+    """Large and small frames of two mailboxes in any order, in pieces of any length."""
+    ours, link = raw
+    random = Random(seed)
+    boxes = {m: link.inbox(m, 65536) for m in (1, 2)}
+    for round_number in range(1, 60):
+        lengths = {m: random.choice([0, 10, 4096, 5000, 30_000, 65_536]) for m in (1, 2)}
+        order = random.sample([1, 2], 2)
+        stream = b"".join(
+            pack_frame_header(m, round_number, lengths[m])
+            + bytes([(round_number + m) % 251]) * lengths[m]
+            for m in order
+        )
+        cuts = sorted(random.choices(range(len(stream) + 1), k=random.choice([0, 1, 3])))
+        for begin, end in pairwise([0, *cuts, len(stream)]):
+            ours.sendall(stream[begin:end])
+            with contextlib.suppress(DeadlineExceeded):
+                link.wait_any([(boxes[random.choice([1, 2])], round_number)], soon(-1))
+        for m in random.sample([1, 2], 2):
+            view = boxes[m].wait(round_number, soon(), num_bytes=lengths[m])
+            assert bytes(view.numpy()) == bytes([(round_number + m) % 251]) * lengths[m]

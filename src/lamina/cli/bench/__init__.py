@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lamina.cli.bench import decode
+from lamina.cli.bench import decode, hop
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
@@ -15,3 +15,4 @@ def bench() -> None:
 
 
 app.command()(decode.decode)
+app.command()(hop.hop)
