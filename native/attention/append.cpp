@@ -21,7 +21,7 @@ Slot slot_of(const PagedRuns& runs, int64_t token, CacheType type) {
   const auto pack = static_cast<size_t>(pack_tokens(type));
   const size_t item = item_bytes(type);
   std::byte* run = runs.run(token / layout.page_tokens);
-  return {run + slot / kLanes * layout.k_block_bytes + slot % kLanes * pack * item,
+  return {run + layout.key_offset(static_cast<int>(slot)),
           run + layout.v_offset + slot / pack * layout.v_group_bytes + slot % pack * item,
           reinterpret_cast<float*>(run + layout.k_scales_offset) + slot,
           reinterpret_cast<float*>(run + layout.v_scales_offset) + slot};
@@ -33,20 +33,21 @@ void append_plain(const AppendArgs& a) {
   constexpr auto kType = sizeof(Word) == 4   ? CacheType::float32
                          : kPack == 2        ? CacheType::bfloat16
                                              : CacheType::float16;
-  constexpr size_t kKeyStep = kLanes * kPack * sizeof(Word), kValueStep = kPack * sizeof(Word);
+  constexpr size_t kValueStep = kPack * sizeof(Word);
   const RunLayout& layout = *a.runs.layout;
+  const size_t key_step = layout.k_step_bytes;
   for (int64_t t = 0; t < a.num_tokens; ++t) {
     const Slot slot = slot_of(a.runs, a.first_token + t, kType);
     const std::byte* k = a.k + static_cast<size_t>(t) * a.k_row_bytes;
     const std::byte* v = a.v + static_cast<size_t>(t) * a.v_row_bytes;
     const int whole = layout.dk / kPack;
     for (int step = 0; step < whole; ++step) {
-      std::memcpy(slot.key + static_cast<size_t>(step) * kKeyStep,
+      std::memcpy(slot.key + static_cast<size_t>(step) * key_step,
                   k + static_cast<size_t>(step) * kValueStep, kValueStep);
     }
     for (int d = whole * kPack; d < layout.dk_padded; ++d) {
       const Word word = d < layout.dk ? element<Word>(k, d) : Word{0};
-      put_element(slot.key + static_cast<size_t>(d / kPack) * kKeyStep, d % kPack, word);
+      put_element(slot.key + static_cast<size_t>(d / kPack) * key_step, d % kPack, word);
     }
     for (int d = 0; d < layout.dv_padded; ++d) {
       const Word word = d < layout.dv ? element<Word>(v, d) : Word{0};
@@ -81,9 +82,9 @@ int quantise(float value, float inverse) {
 
 void append_int8(const AppendArgs& a) {
   constexpr int kPack = 4;
-  constexpr size_t kKeyStep = kLanes * kPack;
   constexpr int kMaxHeadDim = 256;
   const RunLayout& layout = *a.runs.layout;
+  const size_t key_step = layout.k_step_bytes;
   float wide[kMaxHeadDim];
   for (int64_t t = 0; t < a.num_tokens; ++t) {
     const Slot slot = slot_of(a.runs, a.first_token + t, CacheType::int8);
@@ -92,7 +93,7 @@ void append_int8(const AppendArgs& a) {
     *slot.k_scale = k_peak / 127.0f;
     const float k_inverse = k_peak > 0.0f ? 127.0f / k_peak : 0.0f;
     for (int d = 0; d < layout.dk_padded; ++d) {
-      slot.key[static_cast<size_t>(d / kPack) * kKeyStep + static_cast<size_t>(d % kPack)] =
+      slot.key[static_cast<size_t>(d / kPack) * key_step + static_cast<size_t>(d % kPack)] =
           static_cast<std::byte>(quantise(wide[d], k_inverse) + 128);
     }
     const float v_peak = widen(a.dtype, a.v + static_cast<size_t>(t) * a.v_row_bytes, layout.dv,

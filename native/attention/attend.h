@@ -32,8 +32,9 @@ inline void store_as(Dtype dtype, std::byte* p, const Vec& v) {
   }
 }
 
-/// Up to 64 tokens of one page.
+/// Up to 64 tokens of one page and head.
 struct Block {
+  int head;
   const std::byte* keys;
   const std::byte* values;
   const std::byte* run;
@@ -43,34 +44,47 @@ struct Block {
   int64_t stop_token;   // lanes from here on hold no token of the range
 };
 
+/// Blocks page by page and within it head by head: the order in which they lie in memory.
 class BlockWalk {
  public:
-  BlockWalk(const PagedRuns& runs, int pack, int64_t begin, int64_t end)
-      : runs_(runs), layout_(*runs.layout), pack_(pack), token_(begin), end_(end) {
+  BlockWalk(const PagedRuns& runs, int num_heads, int pack, int64_t begin, int64_t end)
+      : runs_(runs),
+        layout_(*runs.layout),
+        num_heads_(num_heads),
+        pack_(pack),
+        token_(begin),
+        end_(end) {
     page_ = begin / layout_.page_tokens;
-    slot_ = static_cast<int>(begin % layout_.page_tokens);
+    slot_ = first_slot_ = static_cast<int>(begin % layout_.page_tokens);
   }
 
   bool is_done() const { return token_ >= end_; }
 
   Block next() {
     Block block;
+    block.head = head_;
     const int skipped = slot_ % kLanes;
     block.first_slot = slot_ - skipped;
     block.first_token = token_ - skipped;
-    int64_t stop_slot = smaller(layout_.page_tokens, block.first_slot + kBlockTokens);
+    int64_t stop_slot =
+        smaller(layout_.page_tokens, (block.first_slot / kBlockTokens + 1) * kBlockTokens);
     stop_slot = smaller(stop_slot, slot_ + (end_ - token_));
     block.stop_token = block.first_token + (stop_slot - block.first_slot);
     block.num_lane_blocks =
         static_cast<int>((stop_slot - block.first_slot + kLanes - 1) / kLanes);
-    block.run = runs_.run(page_);
-    block.keys = block.run + static_cast<size_t>(block.first_slot / kLanes) * layout_.k_block_bytes;
+    block.run = runs_.run(page_) + static_cast<size_t>(head_) * layout_.bytes;
+    block.keys = block.run + layout_.key_offset(block.first_slot);
     block.values = block.run + layout_.v_offset +
                    static_cast<size_t>(block.first_slot / pack_) * layout_.v_group_bytes;
     token_ = block.stop_token;
     slot_ = static_cast<int>(stop_slot);
-    if (slot_ == layout_.page_tokens) {
-      slot_ = 0;
+    if (slot_ < layout_.page_tokens && token_ < end_) return block;
+    if (++head_ < num_heads_) {
+      token_ -= slot_ - first_slot_;
+      slot_ = first_slot_;
+    } else {
+      head_ = 0;
+      slot_ = first_slot_ = 0;
       ++page_;
     }
     return block;
@@ -79,9 +93,10 @@ class BlockWalk {
  private:
   const PagedRuns& runs_;
   const RunLayout& layout_;
-  int pack_;
+  int num_heads_, pack_;
   int64_t token_, end_, page_;
-  int slot_;
+  int head_ = 0;
+  int slot_, first_slot_;  // now, and where the page's part of the range begins
 };
 
 template <typename Math, bool kPrefetch, int C>
@@ -119,7 +134,7 @@ void multiply_keys(ScoreTile<Math> tile, int lines, int num_lane_blocks) {
     } else {
       score_lines<Math, kPrefetch, 1>(tile, lines);
     }
-    tile.keys += take * tile.block_bytes;
+    tile.keys += take * tile.column_bytes;
     tile.scores += take * kLanes;
     num_lane_blocks -= take;
   }
@@ -232,7 +247,11 @@ void attend(const AttendArgs& a) {
   auto* weights = reinterpret_cast<typename Math::Operand*>(scratch.weights);
   const ptrdiff_t q_stride = layout.dk_padded / Math::kStep * Math::kOperandsPerStep;
   constexpr ptrdiff_t kWeightsStride = kBlockTokens / Math::kStep * Math::kOperandsPerStep;
-  Math::pack_queries(a, q);
+  const auto state_floats =
+      static_cast<ptrdiff_t>(State::num_floats(lines, layout.dv_padded));
+  for (int head = 0; head < a.num_heads; ++head) {
+    Math::pack_queries(a, head, q + head * lines * q_stride);
+  }
 
   const int64_t begin = larger(a.begin, a.first_position - a.window + 1);
   const int64_t end = smaller(a.end, a.first_position + a.num_rows);
@@ -240,7 +259,7 @@ void attend(const AttendArgs& a) {
   const int64_t last_row_begin = larger(a.begin, a.first_position + a.num_rows - a.window);
   const int64_t first_row_end = smaller(a.end, a.first_position + 1);
 
-  BlockWalk walk(a.runs, Math::kStep, begin, end);
+  BlockWalk walk(a.runs, a.num_heads, Math::kStep, begin, end);
   Block block = walk.next();
   for (bool more = true; more;) {
     Block next = block;
@@ -253,8 +272,11 @@ void attend(const AttendArgs& a) {
     }
     const int num_lane_blocks = block.num_lane_blocks;
     const int64_t first = block.first_token;
-    multiply_keys<Math, true>({q, q_stride, block.keys,
-                               static_cast<ptrdiff_t>(layout.k_block_bytes),
+    const State state =
+        State::at(a.state.acc + block.head * state_floats, lines, layout.dv_padded);
+    multiply_keys<Math, true>({q + block.head * lines * q_stride, q_stride, block.keys,
+                               static_cast<ptrdiff_t>(layout.k_step_bytes),
+                               static_cast<ptrdiff_t>(layout.k_column_bytes),
                                layout.dk_padded / Math::kStep, next.keys - block.keys,
                                scratch.scores},
                               lines, num_lane_blocks);
@@ -284,19 +306,19 @@ void attend(const AttendArgs& a) {
     }
     // `sums` holds the block's peaks; from here on the peak that the weights are relative to.
     for (int line = 0; line < lines; line += kLanes) {
-      const Vec before = load(a.state.peak + line);
+      const Vec before = load(state.peak + line);
       const Vec peak = max(before, load(scratch.sums + line));
       const Vec base = finite_peak(peak);
       const Vec factor = exp2(sub(before, base));
-      store(a.state.peak + line, peak);
+      store(state.peak + line, peak);
       store(scratch.sums + line, base);
       store(scratch.factors + line, factor);
-      store(a.state.total + line, mul(load(a.state.total + line), factor));
+      store(state.total + line, mul(load(state.total + line), factor));
     }
     for (int row = 0, line = 0; row < a.num_rows; ++row) {
       const Visible lanes = visible(row);
       for (int g = 0; g < a.group; ++g, ++line) {
-        a.state.total[line] += Math::weigh(
+        state.total[line] += Math::weigh(
             scratch.scores + line * kBlockTokens, scratch.sums[line], v_scales, num_lane_blocks,
             lanes, weights + line * kWeightsStride);
       }
@@ -311,7 +333,7 @@ void attend(const AttendArgs& a) {
                            nullptr,
                            next.values - block.values,
                            scratch.factors,
-                           a.state.acc,
+                           state.acc,
                            layout.dv_padded};
     if (const int rest = stop_lane % Math::kStep; rest != 0) {
       values.tail = masked_group<Math>(
@@ -401,8 +423,9 @@ inline void widen_query(const AttendArgs& a, const std::byte* from, float* to) {
   }
 }
 
-inline const std::byte* query(const AttendArgs& a, int line) {
-  return a.q + static_cast<size_t>(line / a.group) * a.q_row_bytes +
+inline const std::byte* query(const AttendArgs& a, int head, int line) {
+  return a.q + static_cast<size_t>(head) * a.q_head_bytes +
+         static_cast<size_t>(line / a.group) * a.q_row_bytes +
          static_cast<size_t>(line % a.group) * static_cast<size_t>(a.runs.layout->dk) *
              item_bytes(a.dtype);
 }
@@ -414,10 +437,10 @@ struct PlainMath : FloatMath<kType, kMostLines> {
   static constexpr int kItemBytes = static_cast<int>(item_bytes(kType));
   static constexpr int kOperandsPerStep = pack_tokens(kType);
 
-  static void pack_queries(const AttendArgs& a, float* q) {
+  static void pack_queries(const AttendArgs& a, int head, float* q) {
     const int dk = a.runs.layout->dk_padded;
     for (int line = 0; line < a.num_rows * a.group; ++line) {
-      widen_query(a, query(a, line), q + static_cast<ptrdiff_t>(line) * dk);
+      widen_query(a, query(a, head, line), q + static_cast<ptrdiff_t>(line) * dk);
     }
   }
 

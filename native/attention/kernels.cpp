@@ -29,11 +29,11 @@ struct Carver {
   }
 };
 
-Scratch carve(Carver& carver, int max_lines) {
+Scratch carve(Carver& carver, int max_lines, int max_queries) {
   const auto lines = static_cast<size_t>(round_up(max_lines, kLanes));
   const size_t floats = lines * sizeof(float);
   Scratch scratch;
-  scratch.q = carver.take(floats * kMaxHeadDim);
+  scratch.q = carver.take(static_cast<size_t>(max_queries) * sizeof(float) * kMaxHeadDim);
   scratch.scores = reinterpret_cast<float*>(carver.take(floats * kBlockTokens));
   scratch.weights = carver.take(floats * kBlockTokens);
   scratch.factors = reinterpret_cast<float*>(carver.take(floats));
@@ -46,15 +46,15 @@ Scratch carve(Carver& carver, int max_lines) {
 
 }  // namespace
 
-size_t Scratch::num_bytes(int max_lines) {
+size_t Scratch::num_bytes(int max_lines, int max_queries) {
   Carver carver{nullptr};
-  carve(carver, max_lines);
+  carve(carver, max_lines, max_queries);
   return carver.used;
 }
 
-Scratch Scratch::at(std::byte* memory, int max_lines) {
+Scratch Scratch::at(std::byte* memory, int max_lines, int max_queries) {
   Carver carver{memory};
-  return carve(carver, max_lines);
+  return carve(carver, max_lines, max_queries);
 }
 
 const Kernels& kernels_for(Isa isa, CacheType type) {

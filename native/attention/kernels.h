@@ -31,7 +31,7 @@ struct State {
   }
 };
 
-/// Working memory of one thread, for up to `max_lines` lines. All parts are aligned to 64 bytes.
+/// Working memory of one thread. All parts are aligned to 64 bytes.
 struct Scratch {
   std::byte* q;       // packed queries: 4 bytes per element
   float* scores;      // [lines][kBlockTokens]
@@ -41,8 +41,9 @@ struct Scratch {
   std::byte* tail;    // one group of values
   float* state;       // for State::at
 
-  static size_t num_bytes(int max_lines);
-  static Scratch at(std::byte* memory, int max_lines);
+  /// `max_lines` of one head, `max_queries` of all heads that are attended to together.
+  static size_t num_bytes(int max_lines, int max_queries);
+  static Scratch at(std::byte* memory, int max_lines, int max_queries);
 };
 
 /// Where the runs of one layer and KV head are.
@@ -52,6 +53,7 @@ struct PagedRuns {
   size_t page_stride;
   const int32_t* pages;  // of the sequence, in token order
 
+  /// The next head's run follows at layout->bytes.
   std::byte* run(int64_t page_index) const {
     return base + static_cast<size_t>(pages[page_index]) * page_stride;
   }
@@ -63,12 +65,14 @@ struct AttendArgs {
   Dtype dtype;
   const std::byte* q;  // row r, head g at q + r * q_row_bytes + g * dk elements
   size_t q_row_bytes;
+  size_t q_head_bytes;
   int num_rows, group;
+  int num_heads;           // KV heads, from the one that `runs`, q and state point to
   int64_t first_position;  // of row 0
   int64_t window;
   float scale2;    // score2 = scale2 * qk, or with softcap score2 = cap2 * tanh(scale2 * qk)
   float cap2;      // 0: no softcap
-  State state;     // continued
+  State state;     // of the first head, continued; that of the next head follows in memory
   const std::byte* next_run;  // first run of the thread's next work, to prefetch; may be null
   Scratch scratch;
 };

@@ -35,11 +35,11 @@ struct Bf16Math {
                              reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)));
   }
 
-  static void pack_queries(const AttendArgs& a, uint16_t* q) {
+  static void pack_queries(const AttendArgs& a, int head, uint16_t* q) {
     const auto dk = static_cast<size_t>(a.runs.layout->dk);
     const auto padded = static_cast<size_t>(a.runs.layout->dk_padded);
     for (int line = 0; line < a.num_rows * a.group; ++line, q += padded) {
-      __builtin_memcpy(q, query(a, line), dk * sizeof *q);
+      __builtin_memcpy(q, query(a, head, line), dk * sizeof *q);
       for (size_t d = dk; d < padded; ++d) q[d] = 0;
     }
   }

@@ -9,9 +9,13 @@ RunLayout::RunLayout(CacheType type, int head_dim_k, int head_dim_v, int page_to
   const auto tokens = static_cast<size_t>(round_up(page_tokens, kLanes));
   dk_padded = static_cast<int>(round_up(dk, kKeyPadding));
   dv_padded = static_cast<int>(round_up(dv, kLanes));
-  k_block_bytes = static_cast<size_t>(kLanes * dk_padded) * item;
+  const auto pack = static_cast<size_t>(pack_tokens(type));
+  key_tokens = tokens % kBlockTokens == 0 ? kBlockTokens : kLanes;
+  k_step_bytes = static_cast<size_t>(key_tokens) * pack * item;
+  key_block_bytes = static_cast<size_t>(dk_padded) / pack * k_step_bytes;
+  k_column_bytes = key_tokens == kLanes ? key_block_bytes : kLanes * pack * item;
   v_group_bytes = static_cast<size_t>(pack_tokens(type) * dv_padded) * item;
-  v_offset = tokens / kLanes * k_block_bytes;
+  v_offset = tokens / static_cast<size_t>(key_tokens) * key_block_bytes;
   k_scales_offset = v_offset + tokens * static_cast<size_t>(dv_padded) * item;
   const size_t scales_bytes = type == CacheType::int8 ? tokens * sizeof(float) : 0;
   v_scales_offset = k_scales_offset + scales_bytes;

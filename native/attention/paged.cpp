@@ -42,9 +42,9 @@ PagedAttention::PagedAttention(std::vector<LayerSpec> layers, Dtype dtype, Cache
       pool_(std::move(pool)),
       memory_(page_stride_ * static_cast<size_t>(num_pages), *pool_, "the KV cache"),
       kernels_(kernels_for(isa, type)),
-      append_(append_for(type)),
-      max_lines_(kTileLines) {
+      append_(append_for(type)) {
   size_t offset = 0;
+  int max_lines = kTileLines, max_queries = kTileLines;
   for (LayerSpec& spec : layers) {
     const RunLayout layout = layout_of(spec, type, page_tokens);
     const int group = spec.query_heads / spec.kv_heads;
@@ -59,14 +59,17 @@ PagedAttention::PagedAttention(std::vector<LayerSpec> layers, Dtype dtype, Cache
     layer.scale2 = capped ? layer.spec.scale / layer.spec.softcap : layer.spec.scale * kLog2E;
     layer.cap2 = capped ? layer.spec.softcap * kLog2E : 0.0f;
     offset += bytes;
-    max_lines_ = std::max(max_lines_, group);
+    max_lines = std::max(max_lines, group);
+    max_queries = std::max(max_queries, layer.spec.query_heads);
   }
   constexpr size_t kLine = 64;
   for (int thread = 0; thread < pool_->num_threads(); ++thread) {
-    scratch_memory_.push_back(std::make_unique<std::byte[]>(Scratch::num_bytes(max_lines_) + kLine));
+    scratch_memory_.push_back(
+        std::make_unique<std::byte[]>(Scratch::num_bytes(max_lines, max_queries) + kLine));
     const auto address = reinterpret_cast<uintptr_t>(scratch_memory_.back().get());
     scratch_.push_back(Scratch::at(
-        reinterpret_cast<std::byte*>((address + kLine - 1) / kLine * kLine), max_lines_));
+        reinterpret_cast<std::byte*>((address + kLine - 1) / kLine * kLine), max_lines,
+        max_queries));
   }
 }
 
@@ -108,8 +111,10 @@ AttendArgs PagedAttention::attend_args(const Layer& layer, int head, const int32
   args.q_row_bytes = elements(layer.spec.query_heads, layer.spec.head_dim_k) * item;
   args.q = q + static_cast<size_t>(row) * args.q_row_bytes +
            elements(head * layer.group, layer.spec.head_dim_k) * item;
+  args.q_head_bytes = elements(layer.group, layer.spec.head_dim_k) * item;
   args.num_rows = num_rows;
   args.group = layer.group;
+  args.num_heads = 1;
   args.window = layer.spec.window;
   args.scale2 = layer.scale2;
   args.cap2 = layer.cap2;
@@ -167,21 +172,26 @@ void PagedAttention::run_task(StepSchedule& step, const Layer& layer, size_t ind
   const StepSchedule::Task& task = work.tasks[index];
   const StepSchedule::Tile& tile = work.tiles[static_cast<size_t>(task.tile)];
   const StepSchedule::Span& span = step.span(tile.span);
-  const int lines = tile.num_rows * layer.group;
   AttendArgs args =
       attend_args(layer, tile.head, span.pages, step.q, span.first_attending_row + tile.first_row,
                   tile.num_rows, thread);
   args.begin = task.begin;
   args.end = task.end;
   args.first_position = span.context_tokens + tile.first_row;
-  args.state = State::at(step.partials() + task.partial, lines, layer.layout.dv_padded);
+  args.num_heads = tile.num_heads;
+  const int lines = tile.num_rows * layer.group;
+  const size_t state_floats = State::num_floats(lines, layer.layout.dv_padded);
+  float* partial = step.partials() + task.partial;
+  args.state = State::at(partial, lines, layer.layout.dv_padded);
   if (index + 1 < work.tasks.size()) {
     const StepSchedule::Task& next = work.tasks[index + 1];
     const StepSchedule::Tile& its_tile = work.tiles[static_cast<size_t>(next.tile)];
     args.next_run = runs(layer, its_tile.head, step.span(its_tile.span).pages)
                         .run(next.begin / layer.layout.page_tokens);
   }
-  clear_state(args.state, lines, layer.layout.dv_padded);
+  for (int head = 0; head < tile.num_heads; ++head, partial += state_floats) {
+    clear_state(State::at(partial, lines, layer.layout.dv_padded), lines, layer.layout.dv_padded);
+  }
   kernels_.attend(args);
 }
 
@@ -211,20 +221,25 @@ void PagedAttention::finish(StepSchedule& step, int layer_index, const std::byte
     store(step, layer, work.stores[index].span, work.stores[index].head, k, v);
   });
   run_pieces(step, work.tile_pieces, [&](size_t index, int thread) {
-    finish_tile(step, layer, work.tiles[index], k, v, out, thread);
+    const StepSchedule::Tile& tile = work.tiles[index];
+    for (int head = 0; head < tile.num_heads; ++head) {
+      finish_head(step, layer, tile, head, k, v, out, thread);
+    }
   });
   step.layer = -1;
 }
 
-void PagedAttention::finish_tile(StepSchedule& step, const Layer& layer,
-                                 const StepSchedule::Tile& tile, const std::byte* k,
-                                 const std::byte* v, std::byte* out, int thread) {
+void PagedAttention::finish_head(StepSchedule& step, const Layer& layer,
+                                 const StepSchedule::Tile& tile, int head_of_tile,
+                                 const std::byte* k, const std::byte* v, std::byte* out,
+                                 int thread) {
   const StepSchedule::Span& span = step.span(tile.span);
-  if (span.num_rows == 1) store(step, layer, tile.span, tile.head, k, v);
+  const int head = tile.head + head_of_tile;
+  if (span.num_rows == 1) store(step, layer, tile.span, head, k, v);
   const int lines = tile.num_rows * layer.group;
   const int dv_padded = layer.layout.dv_padded;
   const int64_t row = span.first_attending_row + tile.first_row;
-  AttendArgs args = attend_args(layer, tile.head, span.pages, step.q, row, tile.num_rows, thread);
+  AttendArgs args = attend_args(layer, head, span.pages, step.q, row, tile.num_rows, thread);
   args.begin = span.context_tokens;
   args.end = span.context_tokens + tile.first_row + tile.num_rows;
   args.first_position = span.context_tokens + tile.first_row;
@@ -232,21 +247,23 @@ void PagedAttention::finish_tile(StepSchedule& step, const Layer& layer,
     args.state = State::at(args.scratch.state, lines, dv_padded);
     clear_state(args.state, lines, dv_padded);
   } else {
-    float* partial = step.partials() + tile.partial;
+    const size_t state_floats = State::num_floats(lines, dv_padded);
+    float* partial =
+        step.partials() + tile.partial + static_cast<size_t>(head_of_tile) * state_floats;
     args.state = State::at(partial, lines, dv_padded);
     for (int i = 1; i < tile.num_partials; ++i) {
-      partial += State::num_floats(lines, dv_padded);
+      partial += static_cast<size_t>(tile.num_heads) * state_floats;
       kernels_.merge(args.state, State::at(partial, lines, dv_padded), lines, dv_padded);
     }
   }
   kernels_.attend(args);
 
-  WriteArgs to = write_args(layer, tile.head, tile.num_rows);
+  WriteArgs to = write_args(layer, head, tile.num_rows);
   const size_t item = item_bytes(dtype_);
   to.state = args.state;
   to.out_row_bytes = elements(layer.spec.query_heads, layer.spec.head_dim_v) * item;
   to.out = out + static_cast<size_t>(row) * to.out_row_bytes +
-           elements(tile.head * layer.group, layer.spec.head_dim_v) * item;
+           elements(head * layer.group, layer.spec.head_dim_v) * item;
   kernels_.write(to);
 }
 

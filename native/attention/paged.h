@@ -67,8 +67,9 @@ class PagedAttention final : public AttentionExecutor {
   void run_task(StepSchedule& step, const Layer& layer, size_t index, int thread);
   void store(const StepSchedule& step, const Layer& layer, int span, int head, const std::byte* k,
              const std::byte* v) const;
-  void finish_tile(StepSchedule& step, const Layer& layer, const StepSchedule::Tile& tile,
-                   const std::byte* k, const std::byte* v, std::byte* out, int thread);
+  void finish_head(StepSchedule& step, const Layer& layer, const StepSchedule::Tile& tile,
+                   int head_of_tile, const std::byte* k, const std::byte* v, std::byte* out,
+                   int thread);
   template <typename Item>
   void run_pieces(StepSchedule& step, const std::vector<int>& pieces, Item&& item);
 
@@ -81,7 +82,6 @@ class PagedAttention final : public AttentionExecutor {
   HugeMemory memory_;
   Kernels kernels_;
   Append append_;
-  int max_lines_;
   std::vector<std::unique_ptr<std::byte[]>> scratch_memory_;
   std::vector<Scratch> scratch_;
   std::shared_ptr<BufferPool> buffers_ = std::make_shared<BufferPool>();

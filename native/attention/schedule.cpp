@@ -50,7 +50,8 @@ class Pieces {
 int64_t finish_cost(const StepSchedule::Tile& tile, int group) {
   const int lines = tile.num_rows * group;
   const int64_t seen = tile.first_row + tile.num_rows;
-  return token_cost(lines) * std::max<int64_t>(seen, kLanes) + 4 * int64_t{kLanes} * lines;
+  return tile.num_heads *
+         (token_cost(lines) * std::max<int64_t>(seen, kLanes) + 4 * int64_t{kLanes} * lines);
 }
 
 }  // namespace
@@ -114,19 +115,21 @@ size_t StepSchedule::plan_kind(const LayerKind& kind, int num_threads, Work& wor
   for (int s = 0; s < static_cast<int>(spans_.size()); ++s) {
     const Span& span = spans_[static_cast<size_t>(s)];
     if (span.num_rows == 0) continue;
+    const int heads_together = span.num_rows == 1 ? kind.kv_heads : 1;
     for (int head = 0; head < kind.kv_heads; ++head) {
       // A single row that attends is stored by whoever finishes it.
       if (!span.attends || span.num_rows > 1) {
         work.stores.push_back({s, head});
         store_cost += int64_t{kLanes} * span.num_rows;
       }
-      if (!span.attends) continue;
+      if (!span.attends || head % heads_together != 0) continue;
       for (int row = 0; row < span.num_rows; row += tile_rows) {
-        const Tile tile{s, head, row, std::min(tile_rows, span.num_rows - row), 0, 0};
+        const Tile tile{s,   head, heads_together, row, std::min(tile_rows, span.num_rows - row),
+                        0,   0};
         work.tiles.push_back(tile);
         tile_cost += finish_cost(tile, kind.group);
         const int64_t tokens = std::max<int64_t>(0, span.context_tokens - cached_begin(span, tile));
-        task_cost += tokens * token_cost(tile.num_rows * kind.group);
+        task_cost += tokens * heads_together * token_cost(tile.num_rows * kind.group);
       }
     }
   }
@@ -145,17 +148,18 @@ size_t StepSchedule::plan_kind(const LayerKind& kind, int num_threads, Work& wor
     Tile& tile = work.tiles[i];
     const Span& span = spans_[static_cast<size_t>(tile.span)];
     const int lines = tile.num_rows * kind.group;
-    const size_t num_floats = State::num_floats(lines, kind.dv_padded);
+    const size_t num_floats = static_cast<size_t>(tile.num_heads) *
+                              State::num_floats(lines, kind.dv_padded);
+    const int64_t cost_per_token = tile.num_heads * token_cost(lines);
     tile.partial = used;
     int64_t begin = cached_begin(span, tile);
     while (begin < span.context_tokens) {
       int64_t end = span.context_tokens;
-      const int64_t room =
-          task_pieces.left() / token_cost(lines) / kBlockTokens * kBlockTokens;
+      const int64_t room = task_pieces.left() / cost_per_token;
       const int64_t cut = (begin + room) / kBlockTokens * kBlockTokens;
       if (cut - begin >= kLeastTaskTokens && end - cut >= kLeastTaskTokens) end = cut;
       work.tasks.push_back({static_cast<int>(i), begin, end, used});
-      const int64_t cost = (end - begin) * token_cost(lines);
+      const int64_t cost = (end - begin) * cost_per_token;
       // What is left is too little for a part of its own: close the piece all the same.
       const bool is_full = end < span.context_tokens;
       task_pieces.add(cost, static_cast<int>(work.tasks.size()), work.task_pieces);

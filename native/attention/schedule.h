@@ -1,6 +1,8 @@
 // What the rows of a step do, decided once per step and followed by every layer.
 //
-// The rows of a span are cut into tiles per KV head. A tile's cached tokens are one or, where that
+// The rows of a span are cut into tiles. A single row is one tile with all its KV heads, which are
+// read in the order in which they lie in memory; the tiles of a prompt chunk have one head each, which
+// stays in the caches for many rows. A tile's cached tokens are one or, where that
 // balances the threads, several tasks, whose partial results lie one after the other. Tasks are
 // grouped into pieces of about equal cost that the threads take in turn.
 #pragma once
@@ -69,9 +71,10 @@ class StepSchedule {
     const int32_t* pages;
   };
   struct Tile {
-    int span, head;
+    int span;
+    int head, num_heads;
     int first_row, num_rows;  // within the span
-    size_t partial;           // offset of the first partial result, in floats
+    size_t partial;           // offset of the first partial result (of all heads), in floats
     int num_partials;
   };
   struct Task {

@@ -84,7 +84,7 @@ struct ScoreTile {
   const typename Math::Operand* q;
   ptrdiff_t q_stride;
   const std::byte* keys;
-  ptrdiff_t block_bytes;
+  ptrdiff_t step_bytes, column_bytes;
   int steps;
   ptrdiff_t ahead;
   float* scores;  // [lines][kBlockTokens]
@@ -95,9 +95,8 @@ template <typename Math, int R, int C, bool kPrefetch>
 void score_tile(const ScoreTile<Math>& t) {
   Vec acc[R][C];
   unroll<R>([&](auto r) { unroll<C>([&](auto c) { acc[r][c] = splat(0.0f); }); });
-  multiply<Math, Side::keys, R, C, kPrefetch>(t.q, t.q_stride, t.keys,
-                                              kLanes * Math::kStep * Math::kItemBytes,
-                                              t.block_bytes, t.steps, t.ahead, acc);
+  multiply<Math, Side::keys, R, C, kPrefetch>(t.q, t.q_stride, t.keys, t.step_bytes,
+                                              t.column_bytes, t.steps, t.ahead, acc);
   unroll<R>([&](auto r) {
     unroll<C>([&](auto c) { store(t.scores + r * kBlockTokens + c * kLanes, acc[r][c]); });
   });

@@ -12,6 +12,7 @@
 #include "attention/paged.h"
 #include "bindings/bindings.h"
 #include "core/memory.h"
+#include "core/read_speed.h"
 
 namespace nb = nanobind;
 
@@ -95,6 +96,11 @@ void bind_attention(nb::module_& module) {
       },
       nb::arg("layers"), nb::arg("cache_dtype"), nb::arg("page_tokens"));
   module.def("available_memory_bytes", &available_memory_bytes);
+
+  nb::class_<MemoryReader>(module, "MemoryReader")
+      .def(nb::init<size_t, std::shared_ptr<ThreadPool>>(), nb::arg("num_bytes"), nb::arg("pool"))
+      .def_prop_ro("size", &MemoryReader::size)
+      .def("read", &MemoryReader::read, ReleaseGil());
 
   nb::class_<StepSchedule>(module, "StepSchedule")
       .def_prop_ro("num_rows", &StepSchedule::num_rows)

@@ -163,6 +163,17 @@ def page_bytes(layers: list[LayerSpec], cache_dtype: str, page_tokens: int) -> i
 def available_memory_bytes() -> int:
     """Bytes that this process can still commit: the machine's and its control group's least."""
 
+class MemoryReader:
+    """Measures how fast the pool's threads read memory."""
+
+    def __init__(self, num_bytes: int, pool: ThreadPool) -> None:
+        """Takes and touches the memory: several times the caches. Raises CapacityError."""
+
+    @property
+    def size(self) -> int: ...
+    def read(self) -> float:
+        """Read all of it once, each thread its part; the seconds that took."""
+
 class StepSchedule:
     """The work of one step, followed by all its layers. May outlive its executor's next `begin`."""
 
