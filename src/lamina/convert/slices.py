@@ -327,11 +327,14 @@ class SlicedModel:
             stage(state.values)
 
     def run_last(self, state: SliceState) -> torch.Tensor:
-        """The last slice: logits [R, V] in float32; the caller owns them. Free when R is 0."""
+        """The last slice: logits [R, V] in the model's dtype; the caller owns them.
+
+        Free when R is 0.
+        """
         if state.values[_LOGIT_ROWS_SLOT].shape[0] == 0:
-            return torch.empty(0, self.vocab_size)
+            return torch.empty(0, self.vocab_size, dtype=self.dtype)
         logits: torch.Tensor = self._enter(self.num_layers, state)[-1]
-        return logits.squeeze(0).float()
+        return logits.squeeze(0)
 
     def _enter(self, layer: int, state: SliceState) -> tuple[Any, ...]:
         part = self.slices[layer]
