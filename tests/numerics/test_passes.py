@@ -132,3 +132,20 @@ def test_weights_are_held_once(family: str, folders: dict[str, Path]) -> None:
         if not isinstance(weight, torch.Tensor)
     )
     assert model.passes.num_packed_linears == used, "each linear is packed once"
+
+
+def test_compiled_slices_give_the_same_logits(folders: dict[str, Path]) -> None:
+    """Other numbers of rows do not compile again, except one row, which has code of its own."""
+    model = convert(folders["qwen3"])
+    plain = [run_slices(model, prompts) for prompts in (PROMPTS, PROMPTS[1:])]
+    single = run_slices(model, PROMPTS[1:2])
+    model.optimize(POOL, compile=True)
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = [run_slices(model, prompts) for prompts in (PROMPTS, PROMPTS[1:])]
+    for got, want in zip(
+        [*compiled[0], *compiled[1], *run_slices(model, PROMPTS[1:2])],
+        [*plain[0], *plain[1], *single],
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
