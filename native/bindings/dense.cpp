@@ -51,6 +51,25 @@ Isa isa_of(const std::string& name) {
 }  // namespace
 
 void bind_dense(nb::module_& module) {
+  module.def(
+      "argmax_rows",
+      [](const std::string& element, uintptr_t data, int64_t num_rows, int64_t width,
+         int64_t row_stride, const std::optional<std::string>& isa) {
+        const Element type = element_of(element);
+        const Kernels& table = kernels(isa ? isa_of(*isa) : active_isa(), type);
+        std::vector<int64_t> indices(num_rows);
+        std::vector<float> values(num_rows);
+        {
+          nb::gil_scoped_release released;
+          for (int64_t row = 0; row < num_rows; ++row) {
+            const uintptr_t at = data + row * row_stride * element_bytes(type);
+            indices[row] = table.argmax(reinterpret_cast<const void*>(at), width, &values[row]);
+          }
+        }
+        return std::make_tuple(std::move(indices), std::move(values));
+      },
+      "element"_a, "data"_a, "num_rows"_a, "width"_a, "row_stride"_a, "isa"_a = nb::none());
+
   nb::class_<PackedLinear>(module, "PackedLinear")
       .def("__init__",
            [](PackedLinear* self, const std::string& element, int64_t num_outputs,

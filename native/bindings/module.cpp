@@ -2,7 +2,7 @@
 
 NB_MODULE(_native, module) {
   module.doc() = "Lamina's native data plane; described for Python in _native.pyi.";
-  // What is still alive when the process ends is none of its user's business.
+  // Caches of torch.compile keep objects alive to the very end; that is no leak.
   nanobind::set_leak_warnings(false);
   lamina::bind_core(module);
   lamina::bind_transport(module);

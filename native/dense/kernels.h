@@ -96,6 +96,9 @@ struct Kernels {
   void (*activation)(const ActivationJob&, int64_t item_begin, int64_t item_end);
   void (*rotary)(const RotaryJob&, int64_t item_begin, int64_t item_end);
   void (*add)(const AddJob&, int64_t item_begin, int64_t item_end);
+  /// The index of the largest of `width` < 2^31 elements and its value: the first of equals, or the
+  /// first NaN if there is one.
+  int64_t (*argmax)(const void* row, int64_t width, float* value);
 };
 
 /// The best kernels that run at this level.

@@ -161,9 +161,62 @@ void add(const AddJob& job, int64_t begin, int64_t end) {
   });
 }
 
+/// Index of the largest element, the first one of equals; NaN is larger than all. `value`: it.
+template <typename E>
+int64_t argmax(const void* data, int64_t width, float* value) {
+  const E* x = static_cast<const E*>(data);
+  const VecI lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Vec best = splat(-INFINITY);
+  VecI at = lanes;
+  VecI is_nan{};
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) {
+    const Vec y = Type<E>::load(x + i);
+    const VecI larger = y > best;
+    best = larger ? y : best;
+    at = larger ? lanes + static_cast<int32_t>(i) : at;
+    is_nan |= y != y;
+  }
+  int64_t index = 0;
+  float largest = -INFINITY;
+  bool found = false;
+  const auto look = [&](float y, int64_t where) {
+    if (y > largest || !found || (y == largest && where < index)) {
+      largest = y;
+      index = where;
+      found = true;
+    }
+  };
+  bool any_nan = false;
+  if (i > 0) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      any_nan |= is_nan[lane] != 0;
+      look(best[lane], at[lane]);
+    }
+  }
+  const Vec rest = load_part(x + i, width - i);
+  for (int64_t lane = 0; lane < width - i; ++lane) {
+    any_nan |= rest[lane] != rest[lane];
+    look(rest[lane], i + lane);
+  }
+  if (any_nan) {
+    for (index = 0, i = 0; i < width; ++i) {
+      const float y = load_part(x + i, 1)[0];
+      if (y != y) {
+        index = i;
+        largest = y;
+        break;
+      }
+    }
+  }
+  *value = largest;
+  return index;
+}
+
 template <typename E>
 constexpr Kernels table_of() {
-  return {linear<E>, linear_scratch_bytes<E>, norm<E>, activation<E>, rotary<E>, add<E>};
+  return {linear<E>, linear_scratch_bytes<E>, norm<E>, activation<E>, rotary<E>, add<E>,
+          argmax<E>};
 }
 
 }  // namespace

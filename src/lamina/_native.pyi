@@ -338,6 +338,14 @@ A row of a buffer belongs to a token. Element d of head h of row t lies at offse
 h * head stride + d. Buffers count the program's arguments first, then its scratch buffers.
 """
 
+def argmax_rows(
+    element: str, data: int, num_rows: int, width: int, row_stride: int, isa: str | None = None
+) -> tuple[list[int], list[float]]:
+    """Index and value of each row's largest element: the first of equals, or the first NaN.
+
+    `element`: bfloat16 or float32. `data`: an address; strides in elements; 0 < width < 2^31.
+    """
+
 class PackedLinear:
     """Weights [N, K] and biases of a linear in the native layout; owns its (huge) pages."""
 

@@ -11,6 +11,7 @@ from lamina._native import (
     DenseWorkspace,
     PackedLinear,
     ThreadPool,
+    argmax_rows,
     available_isas,
 )
 from lamina.convert.passes import ops, pack
@@ -187,6 +188,23 @@ def test_operations_wait_for_each_other(workspace: DenseWorkspace, num_rows: int
     for _ in range(20):
         _run(program, workspace, [x, out], linears)
         torch.testing.assert_close(out, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("width", [1, 15, 16, 100, 32000])
+def test_argmax_finds_the_first_of_equals(isa: str, element: str, width: int) -> None:
+    logits = (4 * _random(6, width + 3, dtype=DTYPES[element])).round()[:, :width]
+    logits[1] = -torch.inf
+    logits[2, width // 2] = torch.inf
+    logits[3] = logits[3].abs().neg()
+    indices, values = argmax_rows(element, logits.data_ptr(), 6, width, width + 3, isa)
+    assert indices == [int((row == row.max()).nonzero()[0]) for row in logits]
+    assert values == logits.amax(-1).tolist()
+    logits[4, width - 1] = torch.nan
+    logits[5, width // 3 :] = torch.nan
+    indices, values = argmax_rows(element, logits.data_ptr(), 6, width, width + 3, isa)
+    assert indices[4:] == [width - 1, width // 3]
+    assert all(value != value for value in values[4:])
 
 
 def test_wrong_use_is_refused() -> None:

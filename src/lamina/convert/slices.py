@@ -25,7 +25,7 @@ from torch import fx
 from lamina.attention.spec import AttentionSpec
 from lamina.convert.cut import CannotCut, SliceOrder, cut
 from lamina.convert.dataflow import Values, read_values
-from lamina.convert.passes import NativePasses
+from lamina.convert.passes import Passes
 from lamina.convert.program import ProgramTable, Stage
 from lamina.convert.trace import Trace, qkv_of
 from lamina.errors import ConversionError
@@ -203,7 +203,7 @@ class SlicedModel:
         self.eos_token_ids = eos_token_ids
         self.attention_specs = structure.specs
         self.structure = structure
-        self.passes: NativePasses | None = None
+        self.passes: Passes | None = None
         """What rewrote the stages; None before `optimize`."""
         self._has_weights = tensors is not None
         self.sinks = tuple(_sinks(node, tensors) for node in structure.trace.attention)
@@ -261,7 +261,7 @@ class SlicedModel:
         """Distinct programs; does not grow with the number of equal layers."""
         return self.structure.num_programs
 
-    def optimize(self, pool: ThreadPool, *, isa: str | None = None) -> None:
+    def optimize(self, pool: ThreadPool, *, compile: bool = False, isa: str | None = None) -> None:
         """Rewrite all stages to run in native code on the pool's threads, with packed weights.
 
         Results stay the same up to rounding. Plain weights that no torch op reads any more are
@@ -269,11 +269,13 @@ class SlicedModel:
 
         Args:
             pool: must be used by this model's slices only while no other native call needs it.
+            compile: let Inductor generate all but the linears, at each program's first call. It
+                needs a C++ compiler and takes seconds per program, not per layer.
             isa: an instruction set level other than the active one.
         """
         assert self._has_weights, "a model from convert_structure has no weights to pack"
         assert self.passes is None, "a model is optimized once"
-        passes = self.passes = NativePasses(pool, isa=isa)
+        passes = self.passes = Passes(pool, compile=compile, isa=isa)
         self._prologue = passes.rewrite(self._prologue)
         slices, self.slices = list(self.slices), ()
         for i, part in enumerate(slices):
@@ -327,11 +329,14 @@ class SlicedModel:
             stage(state.values)
 
     def run_last(self, state: SliceState) -> torch.Tensor:
-        """The last slice: logits [R, V] in float32; the caller owns them. Free when R is 0."""
+        """The last slice: logits [R, V] in the model's dtype; the caller owns them.
+
+        Free when R is 0.
+        """
         if state.values[_LOGIT_ROWS_SLOT].shape[0] == 0:
-            return torch.empty(0, self.vocab_size)
+            return torch.empty(0, self.vocab_size, dtype=self.dtype)
         logits: torch.Tensor = self._enter(self.num_layers, state)[-1]
-        return logits.squeeze(0).float()
+        return logits.squeeze(0)
 
     def _enter(self, layer: int, state: SliceState) -> tuple[Any, ...]:
         part = self.slices[layer]

@@ -61,7 +61,7 @@ def start_engine(
     limit_threads(deployment.num_threads)
     pool = ThreadPool(deployment.num_threads)
     if not is_given:
-        model.optimize(pool)
+        model.optimize(pool, compile=config.compile)
     fleet = ExecutorFleet.start(config, model, deployment, pool)
     return StartedEngine(Engine(config, model, deployment, fleet), fleet)
 

@@ -16,8 +16,9 @@ from torch import fx
 
 from lamina._native import DenseWorkspace, PackedLinear, ThreadPool
 from lamina.convert.passes.fuse import fuse
+from lamina.convert.passes.inductor import compiled, linear_handle, use_handles
 from lamina.convert.passes.lower import lower, sorted_copy
-from lamina.convert.passes.native import BoundRegion, Region
+from lamina.convert.passes.native import BoundRegion, LinearWeights, Region
 
 if TYPE_CHECKING:
     from lamina.convert.program import Program
@@ -28,22 +29,25 @@ _ELEMENTS = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A program after the passes: `run(*values, *plain weights, *bound regions)`."""
+    """A program after the passes: `run(*values, *plain weights, *bound regions or handles)`."""
 
     run: Callable[..., tuple[Any, ...]]
     module: fx.GraphModule
-    num_values: int
     weights: tuple[int, ...]
     """Which of the program's arguments are still read as plain tensors."""
-    regions: tuple[Region, ...]
+    regions: tuple[Region, ...] = ()
+    """Native calls to bind."""
+    handles: tuple[LinearWeights, ...] = ()
+    """Linears of compiled code."""
 
 
-class NativePasses:
+class Passes:
     """Rewrites stages to call native code on a pool's threads. Used for the stages of one model."""
 
-    def __init__(self, pool: ThreadPool, *, isa: str | None = None) -> None:
-        """`isa`: the instruction set level to use; None: the active one."""
+    def __init__(self, pool: ThreadPool, *, compile: bool = False, isa: str | None = None) -> None:
+        """See `SlicedModel.optimize`."""
         self._pool = pool
+        self._compile = compile
         self._workspace = DenseWorkspace(pool, isa)
         self._programs: dict[tuple[int, int], Rewritten] = {}
         self._packed: dict[Any, PackedLinear] = {}
@@ -68,53 +72,74 @@ class NativePasses:
         program, stage = bound.stage.program, bound.stage
         key = (id(program), len(stage.values))
         if (made := self._programs.get(key)) is None:
-            made = self._programs[key] = rewrite_program(program, len(stage.values))
+            rewrite = rewrite_compiled if self._compile else rewrite_native
+            made = self._programs[key] = rewrite(program, len(stage.values))
         nodes = (*stage.values, *stage.weights)
         tensors: dict[int, torch.Tensor] = dict(
             zip(range(len(stage.values), len(nodes)), bound.weights, strict=True)
         )
         regions = [self._bind(region, nodes, tensors) for region in made.regions]
-        weights = (*(tensors[i] for i in made.weights), *regions)
+        handles = []
+        for linear in made.handles:
+            packed = self._pack(linear, nodes, tensors)
+            dtype = tensors[linear.weight].dtype
+            handles.append(linear_handle(packed, dtype, self._workspace))
+        weights = (*(tensors[i] for i in made.weights), *regions, *handles)
         return replace(bound, run=made.run, weights=weights)
 
     def _bind(
         self, region: Region, nodes: tuple[fx.Node, ...], tensors: dict[int, torch.Tensor]
     ) -> BoundRegion:
-        linears = []
-        for weight, bias, is_transposed in region.linears:
-            key = (nodes[weight], None if bias is None else nodes[bias], is_transposed)
-            if key not in self._packed:
-                self._packed[key] = pack(
-                    tensors[weight], None if bias is None else tensors[bias], is_transposed,
-                    self._pool,
-                )  # fmt: skip
-            linears.append(self._packed[key])
+        linears = [self._pack(linear, nodes, tensors) for linear in region.linears]
         return region.bind(self._workspace, linears, [tensors[i] for i in region.vectors])
 
+    def _pack(
+        self, linear: LinearWeights, nodes: tuple[fx.Node, ...], tensors: dict[int, torch.Tensor]
+    ) -> PackedLinear:
+        weight, bias, is_transposed = linear
+        key = (nodes[weight], None if bias is None else nodes[bias], is_transposed)
+        if key not in self._packed:
+            self._packed[key] = pack(
+                tensors[weight], None if bias is None else tensors[bias], is_transposed, self._pool
+            )
+        return self._packed[key]
 
-def rewrite_program(program: Program, num_values: int) -> Rewritten:
-    """Fuse and lower a copy of the program's graph.
+
+def rewrite_native(program: Program, num_values: int) -> Rewritten:
+    """Fuse a copy of the program's graph and lower it to native calls.
 
     Args:
         num_values: how many of the program's arguments are values; the others are weights.
     """
+    graph, weights = _fused_copy(program, num_values)
+    regions = lower(graph, weights)
+    module, kept = _finished(graph, weights)
+    return Rewritten(module.forward, module, kept, regions=tuple(regions.values()))
+
+
+def rewrite_compiled(program: Program, num_values: int) -> Rewritten:
+    """Give a copy of the program's graph packed linears and let Inductor compile it."""
+    graph, weights = _fused_copy(program, num_values)
+    handles = use_handles(graph, weights)
+    module, kept = _finished(graph, weights)
+    return Rewritten(compiled(module), module, kept, handles=tuple(handles.values()))
+
+
+def _fused_copy(program: Program, num_values: int) -> tuple[fx.Graph, frozenset[fx.Node]]:
     graph = fx.Graph()
-    output = graph.graph_copy(program.module.graph, {})
-    graph.output(output)
+    graph.output(graph.graph_copy(program.module.graph, {}))
     arguments = [n for n in graph.nodes if n.op == "placeholder"]
     fuse(graph)
-    weights = frozenset(arguments[num_values:])
-    regions = lower(graph, weights)
-    graph, kept = sorted_copy(graph, weights)
-    module = fx.GraphModule(torch.nn.Module(), graph)
-    number = {node: i for i, node in enumerate(arguments)}
-    return Rewritten(
-        run=module.forward,
-        module=module,
-        num_values=num_values,
-        weights=tuple(number[n] for n in kept),
-        regions=tuple(regions.values()),
-    )
+    return graph, frozenset(arguments[num_values:])
+
+
+def _finished(
+    graph: fx.Graph, weights: frozenset[fx.Node]
+) -> tuple[fx.GraphModule, tuple[int, ...]]:
+    """A module of the graph without unused weights, and which arguments the others are."""
+    number = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    copy, kept = sorted_copy(graph, weights)
+    return fx.GraphModule(torch.nn.Module(), copy), tuple(number[n] for n in kept)
 
 
 def pack(
