@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import vllm
 from serving import serve
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
@@ -59,6 +60,9 @@ class VllmSubject:
             self._step()
         return time.perf_counter() - start
 
+    def close(self) -> None:
+        """Nothing outlives the process."""
+
     def _step_until(self, length: int) -> None:
         while min(self._lengths.values()) < length:
             self._step()
@@ -71,4 +75,4 @@ class VllmSubject:
 
 
 if __name__ == "__main__":
-    serve(VllmSubject)
+    serve(VllmSubject, vllm.__version__)

@@ -1,9 +1,9 @@
 """The subject's side of the conversation with run.py. Standard library only: peers' environments
 have no Lamina.
 
-A subject reads one JSON object per line from its standard input, {"method": ..., "arguments": [..]},
-and answers with one line on its original standard output, {"result": ...} or {"error": ...}.
-Whatever the subject's libraries print goes to standard error.
+A subject reads one JSON object per line from its standard input, {"method": ..., "arguments":
+[...]}, and answers with one line on its original standard output, {"result": ...} or {"error":
+...}. Whatever the subject's libraries print goes to standard error.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ class Subject(Protocol):
     def decode(self, num_steps: int) -> float:
         """Generate `num_steps` more tokens of every prompt; returns seconds."""
 
+    def close(self) -> None:
+        """Free what would outlive the process."""
+
 
 def random_prompts(batch: int, context: int, vocab_size: int, seed: int) -> list[list[int]]:
     """`batch` prompts of `context` token ids, the same for every subject."""
@@ -33,7 +36,7 @@ def random_prompts(batch: int, context: int, vocab_size: int, seed: int) -> list
     return [generator.choices(range(vocab_size), k=context) for _ in range(batch)]
 
 
-def serve(make: Callable[[dict[str, Any]], Subject]) -> None:
+def serve(make: Callable[[dict[str, Any]], Subject], version: str) -> None:
     """Make the subject from the settings on the command line, and answer until input ends."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # prints of libraries must not end up between the replies
@@ -44,7 +47,7 @@ def serve(make: Callable[[dict[str, Any]], Subject]) -> None:
     settings = json.loads(sys.argv[1])
     try:
         subject = make(settings)
-        reply({"result": "ready"})
+        reply({"result": version})
         for line in sys.stdin:
             request = json.loads(line)
             if request["method"] == "prefill":
@@ -53,8 +56,8 @@ def serve(make: Callable[[dict[str, Any]], Subject]) -> None:
             else:
                 result = getattr(subject, request["method"])(*request["arguments"])
             reply({"result": result})
+        subject.close()
     except Exception as error:  # whatever it is, run.py must say so
         traceback.print_exc()
         reply({"error": f"{type(error).__name__}: {error}"})
-    replies.close()
     os._exit(0)  # libraries' own shutdown takes seconds and has nothing to save
