@@ -6,7 +6,6 @@ python benchmarks/peers/run.py --rows decode:1x256,decode:16x256 --turns 9 --jso
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,8 +19,10 @@ from report import Result, print_table, record, write_json, write_plot
 from rows import DEFAULT_ROWS, Group, Row, group_rows, kv_bytes_per_token, parse_rows
 from subjects import LlamaCppSubject, ServedSubject, Subject, SubjectFailed
 
+from lamina.bench.options import parse_options
 from lamina.bench.shapes import SHAPES, write_shape
 from lamina.config import THREAD_ENVIRONMENT, parse_bytes
+from lamina.errors import ConfigError
 
 DEFAULT_SUBJECTS = "lamina-local,lamina-1,llama.cpp,vllm,transformers"
 _WARMUP_STEPS = 2
@@ -184,20 +185,6 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def options_of(pairs: Sequence[str], flag: str) -> dict[str, Any]:
-    """key=value pairs; a value that is JSON is taken as such, anything else as a string."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator:
-            raise ValueError(f"{flag} must be key=value, got {pair!r}")
-        try:
-            options[key] = json.loads(value)
-        except json.JSONDecodeError:
-            options[key] = value
-    return options
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -233,7 +220,7 @@ def free_memory_bytes() -> int:
 def make_setting(arguments: argparse.Namespace) -> Setting:
     strings = {}
     for flag in ("lamina_env", "vllm_env"):
-        pairs = options_of(getattr(arguments, flag), f"--{flag.replace('_', '-')}")
+        pairs = parse_options(getattr(arguments, flag), f"--{flag.replace('_', '-')}")
         strings[flag] = {key: str(value) for key, value in pairs.items()}
     if min(arguments.turns, arguments.steps, arguments.threads) < 1:
         raise ValueError("--turns, --steps and --threads must be at least 1")
@@ -246,9 +233,9 @@ def make_setting(arguments: argparse.Namespace) -> Setting:
         steps=arguments.steps,
         freeze=not arguments.no_freeze,
         memory_bytes=memory or int(_MEMORY_SHARE * free_memory_bytes()),
-        lamina_options=options_of(arguments.lamina_option, "--lamina-option"),
+        lamina_options=parse_options(arguments.lamina_option, "--lamina-option"),
         lamina_environment=strings["lamina_env"],
-        vllm_options=options_of(arguments.vllm_option, "--vllm-option"),
+        vllm_options=parse_options(arguments.vllm_option, "--vllm-option"),
         vllm_environment=strings["vllm_env"],
         llama_options=tuple(part for text in arguments.llama_option for part in text.split("=")),
     )
@@ -279,7 +266,7 @@ def main() -> None:
                     log(f"{row}: done")
                     if arguments.json:  # what was measured is not lost when a later row fails
                         write_json(arguments.json, results, versions, sys.argv)
-    except (ValueError, SubjectFailed) as error:
+    except (ConfigError, ValueError, SubjectFailed) as error:
         sys.exit(f"run.py: {error}")
     finally:
         if results and setting:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from serving import serve
 
 import lamina
 from lamina.bench.decode import lamina_config
+from lamina.bench.options import with_options
 from lamina.bench.subjects import LaminaSubject
 from lamina.config import EngineConfig
 
@@ -23,12 +23,13 @@ def make_config(settings: dict[str, Any]) -> EngineConfig:
         length=settings["max_length"],
         num_threads=settings["threads"],
     )
-    fields = msgspec.to_builtins(config)
-    fields["attention_memory_bytes"] = settings["kv_bytes"]
-    # This process is stopped between its turns, which must not look like a lost worker.
-    fields["heartbeat_timeout_s"] = 1e6
-    fields.update(settings["options"])
-    return msgspec.convert(fields, EngineConfig)
+    options = {
+        "attention_memory_bytes": settings["kv_bytes"],
+        # This process is stopped between its turns, which must not look like a lost worker.
+        "heartbeat_timeout_s": 1e6,
+        **settings["options"],
+    }
+    return with_options(config, options)
 
 
 def make(settings: dict[str, Any]) -> LaminaSubject:

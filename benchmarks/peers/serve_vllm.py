@@ -22,7 +22,8 @@ class VllmSubject:
             "load_format": "dummy",
             "skip_tokenizer_init": True,
             "dtype": "bfloat16",
-            "max_model_len": settings["max_length"],
+            # Rounded, so that what vLLM compiled for one set of rows serves another.
+            "max_model_len": -(-settings["max_length"] // 2048) * 2048,
             "max_num_seqs": settings["batch"],
             "enable_prefix_caching": False,  # every prompt must be computed
             "disable_log_stats": True,
