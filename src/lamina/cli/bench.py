@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lamina.bench.shapes import SHAPES, write_shape
+from lamina.cli.bench_attention import attention
 from lamina.errors import ConfigError
 from lamina.types import ceil_div
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, which no other command shoul
     from lamina.bench.subjects import SubjectProcess
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app.command()(attention)
 
 
 @app.callback()
