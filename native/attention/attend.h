@@ -32,6 +32,10 @@ inline void store_as(Dtype dtype, std::byte* p, const Vec& v) {
   }
 }
 
+/// How far memory is fetched into the second-level cache ahead of its use. Blocks follow each other in
+/// memory within a page, so that only the first bytes of a page come unannounced.
+constexpr ptrdiff_t kAheadBytes = 8192;
+
 /// Up to 64 tokens of one page and head.
 struct Block {
   int head;
@@ -260,16 +264,8 @@ void attend(const AttendArgs& a) {
   const int64_t first_row_end = smaller(a.end, a.first_position + 1);
 
   BlockWalk walk(a.runs, a.num_heads, Math::kStep, begin, end);
-  Block block = walk.next();
-  for (bool more = true; more;) {
-    Block next = block;
-    more = !walk.is_done();
-    if (more) {
-      next = walk.next();
-    } else if (a.next_run != nullptr) {
-      next.keys = a.next_run;
-      next.values = a.next_run + layout.v_offset;
-    }
+  while (!walk.is_done()) {
+    const Block block = walk.next();
     const int num_lane_blocks = block.num_lane_blocks;
     const int64_t first = block.first_token;
     const State state =
@@ -277,7 +273,7 @@ void attend(const AttendArgs& a) {
     multiply_keys<Math, true>({q + block.head * lines * q_stride, q_stride, block.keys,
                                static_cast<ptrdiff_t>(layout.k_step_bytes),
                                static_cast<ptrdiff_t>(layout.k_column_bytes),
-                               layout.dk_padded / Math::kStep, next.keys - block.keys,
+                               layout.dk_padded / Math::kStep, kAheadBytes,
                                scratch.scores},
                               lines, num_lane_blocks);
 
@@ -331,7 +327,7 @@ void attend(const AttendArgs& a) {
                            static_cast<ptrdiff_t>(layout.v_group_bytes),
                            stop_lane / Math::kStep,
                            nullptr,
-                           next.values - block.values,
+                           kAheadBytes,
                            scratch.factors,
                            state.acc,
                            layout.dv_padded};
@@ -341,7 +337,6 @@ void attend(const AttendArgs& a) {
           scratch.tail);
     }
     multiply_values<Math, true>(values, lines, layout.dv_padded / kLanes);
-    block = next;
   }
 }
 

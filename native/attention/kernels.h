@@ -73,7 +73,6 @@ struct AttendArgs {
   float scale2;    // score2 = scale2 * qk, or with softcap score2 = cap2 * tanh(scale2 * qk)
   float cap2;      // 0: no softcap
   State state;     // of the first head, continued; that of the next head follows in memory
-  const std::byte* next_run;  // first run of the thread's next work, to prefetch; may be null
   Scratch scratch;
 };
 

@@ -118,7 +118,6 @@ AttendArgs PagedAttention::attend_args(const Layer& layer, int head, const int32
   args.window = layer.spec.window;
   args.scale2 = layer.scale2;
   args.cap2 = layer.cap2;
-  args.next_run = nullptr;
   args.scratch = scratch_[static_cast<size_t>(thread)];
   return args;
 }
@@ -183,12 +182,6 @@ void PagedAttention::run_task(StepSchedule& step, const Layer& layer, size_t ind
   const size_t state_floats = State::num_floats(lines, layer.layout.dv_padded);
   float* partial = step.partials() + task.partial;
   args.state = State::at(partial, lines, layer.layout.dv_padded);
-  if (index + 1 < work.tasks.size()) {
-    const StepSchedule::Task& next = work.tasks[index + 1];
-    const StepSchedule::Tile& its_tile = work.tiles[static_cast<size_t>(next.tile)];
-    args.next_run = runs(layer, its_tile.head, step.span(its_tile.span).pages)
-                        .run(next.begin / layer.layout.page_tokens);
-  }
   for (int head = 0; head < tile.num_heads; ++head, partial += state_floats) {
     clear_state(State::at(partial, lines, layer.layout.dv_padded), lines, layer.layout.dv_padded);
   }

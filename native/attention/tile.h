@@ -57,7 +57,7 @@ template <int N, typename F>
   }(std::make_integer_sequence<int, N>{});
 }
 
-/// acc[R][C] += a [R][steps] * b [steps][C]. `ahead`: distance in bytes to what comes after b.
+/// acc[R][C] += a [R][steps] * b [steps][C]. `ahead`: how far to prefetch, in bytes.
 template <typename Math, Side side, int R, int C, bool kPrefetch>
 [[gnu::always_inline]] inline void multiply(const typename Math::Operand* a, ptrdiff_t a_stride,
                                             const std::byte* b, ptrdiff_t step_bytes,

@@ -103,9 +103,7 @@ class Subject:
             step = self._begin([case.context], [0], [False], [pages])
             for layer in range(self.num_layers):
                 self._native.finish(step, layer, prompt_k.data_ptr(), prompt_v.data_ptr(), 0)
-        tables = [
-            self._pages[i : i + pages_each] for i in range(0, num_pages, pages_each)
-        ]
+        tables = [self._pages[i : i + pages_each] for i in range(0, num_pages, pages_each)]
         self._step = self._begin(
             [1] * case.batch, [case.context] * case.batch, [True] * case.batch, tables
         )
@@ -173,9 +171,7 @@ def measure(cases: Sequence[Case], turns: int) -> list[Figure]:
     ]
 
 
-def _figure(
-    subject: Subject, seconds: list[float], read_s: list[float], read_bytes: int
-) -> Figure:
+def _figure(subject: Subject, seconds: list[float], read_s: list[float], read_bytes: int) -> Figure:
     num_bytes = subject.layer_bytes * subject.num_layers
     speeds = [num_bytes / value / 1e9 for value in seconds]
     read_speeds = [read_bytes / value / 1e9 for value in read_s]

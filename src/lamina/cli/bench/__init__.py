@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lamina.cli.bench import decode, hop
+from lamina.cli.bench import attention, decode, hop
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
@@ -14,5 +14,6 @@ def bench() -> None:
     """Measure this machine."""
 
 
+app.command()(attention.attention)
 app.command()(decode.decode)
 app.command()(hop.hop)

@@ -23,11 +23,14 @@ PlotOption = Annotated[
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """`1,16` -> [1, 16]; ConfigError names the option."""
+    """`0,16` -> [0, 16]; ConfigError names the option."""
     try:
-        return [int(part) for part in text.split(",")]
+        values = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"{option} must be numbers separated by commas, got {text!r}") from None
+        values = []
+    if not values or min(values) < 0:
+        raise ConfigError(f"{option} must be numbers separated by commas, got {text!r}")
+    return values
 
 
 def write_json(figures: Any, file: Path) -> None:
