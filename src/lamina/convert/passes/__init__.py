@@ -17,8 +17,9 @@ from torch import fx
 from lamina._native import DenseWorkspace, PackedLinear, ThreadPool
 from lamina.convert.passes.fuse import fuse
 from lamina.convert.passes.inductor import compiled, linear_handle, use_handles
-from lamina.convert.passes.lower import lower, sorted_copy
+from lamina.convert.passes.lower import lower
 from lamina.convert.passes.native import BoundRegion, LinearWeights, Region
+from lamina.convert.passes.order import sorted_copy
 from lamina.convert.passes.rows import select_rows_early
 
 if TYPE_CHECKING:
