@@ -13,8 +13,8 @@ namespace lamina::dense {
 
 enum class Element : int { bf16 = 0, f32 = 1 };
 
-inline constexpr int kPanel = 16;
 /// Outputs per panel of packed weights; a panel holds [K / 2][16][2] bfloat16 or [K][16] float.
+inline constexpr int kPanel = 16;
 
 inline size_t element_bytes(Element element) { return element == Element::bf16 ? 2 : 4; }
 

@@ -11,7 +11,7 @@ from lamina._native import ThreadPool, available_isas
 from lamina.convert import SlicedModel, convert
 from lamina.convert.weights import Dtype
 from support.families import FAMILIES, save_tiny_model
-from support.slices import run_slices
+from support.slices import plain_attention, run_slices
 
 POOL = ThreadPool(2)
 PROMPTS = [torch.arange(3, 30), torch.tensor([5]), torch.tensor([99, 4, 30])]
@@ -92,6 +92,29 @@ def test_a_stage_of_a_dense_model_is_one_native_call(family: str, folders: dict[
                 assert ops == [], "nothing is left to torch"
 
 
+def test_rows_without_logits_stop_before_the_last_layer_s_linears(
+    folders: dict[str, Path],
+) -> None:
+    """Logits of few rows are the same, and one native call makes them from those rows."""
+    model = convert(folders["qwen3"])
+    ids, rows = torch.arange(3, 12), torch.tensor([7, 2])
+    plain = _last_logits(model, ids, rows)
+    model.optimize(POOL)
+    torch.testing.assert_close(_last_logits(model, ids, rows), plain, rtol=0, atol=1e-4)
+    graph = model.slices[-1].q.run.__self__.graph  # type: ignore[attr-defined]
+    assert sum(n.target == "__call__" for n in graph.nodes) == 1
+
+
+def _last_logits(model: SlicedModel, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    state = model.begin(ids, torch.arange(len(ids)), rows)
+    for layer, spec in enumerate(model.attention_specs):
+        q = model.run_q(layer, state)
+        k, v = model.run_kv(layer, state)
+        model.run_deferred(layer, state)
+        state.attention_output = plain_attention(q, k, v, spec, None)
+    return model.run_last(state)
+
+
 def test_more_layers_make_no_more_programs(tmp_path: Path) -> None:
     counts = []
     for num_layers in (3, 5):
@@ -134,6 +157,7 @@ def test_weights_are_held_once(family: str, folders: dict[str, Path]) -> None:
     assert model.passes.num_packed_linears == used, "each linear is packed once"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Inductor itself uses
 def test_compiled_slices_give_the_same_logits(folders: dict[str, Path]) -> None:
     """Other numbers of rows do not compile again, except one row, which has code of its own."""
     model = convert(folders["qwen3"])

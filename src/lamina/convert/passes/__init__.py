@@ -17,8 +17,10 @@ from torch import fx
 from lamina._native import DenseWorkspace, PackedLinear, ThreadPool
 from lamina.convert.passes.fuse import fuse
 from lamina.convert.passes.inductor import compiled, linear_handle, use_handles
-from lamina.convert.passes.lower import lower, sorted_copy
+from lamina.convert.passes.lower import lower
 from lamina.convert.passes.native import BoundRegion, LinearWeights, Region
+from lamina.convert.passes.order import sorted_copy
+from lamina.convert.passes.rows import select_rows_early
 
 if TYPE_CHECKING:
     from lamina.convert.program import Program
@@ -130,6 +132,7 @@ def _fused_copy(program: Program, num_values: int) -> tuple[fx.Graph, frozenset[
     graph.output(graph.graph_copy(program.module.graph, {}))
     arguments = [n for n in graph.nodes if n.op == "placeholder"]
     fuse(graph)
+    select_rows_early(graph)
     return graph, frozenset(arguments[num_values:])
 
 
