@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo serve test lint bench clean
+NATIVE := $(shell find native -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+
+.PHONY: demo serve test lint sanitize bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/lamina demo
@@ -20,13 +22,17 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The native tests against a build with AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(INSTALLED)
+	tools/sanitize.sh $(BIN)
+
 bench: $(INSTALLED)
 	$(BIN)/lamina bench decode
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,11 +13,12 @@ import msgspec
 
 from lamina.errors import ConfigError
 
-THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+THREAD_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
 """Defaults for the environment of processes that compute, to be set before torch is imported.
 
-Threads that are done wait in the kernel instead of spinning. Model worker and attention workers
-take turns on the same cores; a spinning thread of one would keep the other from its own.
+OpenMP threads that are done look for new work for some 20 us, then wait in the kernel. Model worker
+and attention workers take turns on the same cores: a thread that spins for milliseconds (the
+default) keeps the others from theirs, one that sleeps at once takes as long to wake as its work.
 """
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
@@ -45,6 +46,26 @@ class AttentionWorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_un
     def __post_init__(self) -> None:
         if self.memory_bytes is not None and self.memory_bytes <= 0:
             raise ConfigError(f"attention_workers memory must be positive, got {self.memory_bytes}")
+
+
+def parse_memory(text: str, field: str) -> int | float:
+    """`8GiB` -> bytes; `0.5` -> a fraction of the machine's memory (above 0, at most 1)."""
+    try:
+        fraction = float(text)
+    except ValueError:
+        return parse_bytes(text, field)
+    return fraction if 0.0 < fraction <= 1.0 else parse_bytes(text, field)
+
+
+def parse_cores(text: str, field: str) -> tuple[int, ...]:
+    """`0-3,8` -> (0, 1, 2, 3, 8)."""
+    cores: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
+        if match is None or int(match.group(2) or match.group(1)) < int(match.group(1)):
+            raise ConfigError(f"{field} must be a list of cores such as 0-3,8, got {text!r}")
+        cores += range(int(match.group(1)), int(match.group(2) or match.group(1)) + 1)
+    return tuple(cores)
 
 
 def parse_attention_workers(text: str) -> tuple[AttentionWorkerConfig, ...]:
@@ -86,9 +107,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     attention: Literal["local", "remote"] = "remote"
     attention_workers: tuple[AttentionWorkerConfig, ...] = (AttentionWorkerConfig(),)
     attention_partition: Literal["auto", "heads", "requests"] = "auto"
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    """auto: the model's dtype; int8: about half of bfloat16's bytes, with a scale per token and
+    head."""
+    transport: Literal["auto", "shm", "tcp"] = "auto"
+    """Between model worker and attention workers; auto: shm for workers of this machine."""
+    busy_poll_s: float = 2e-3
+    """How long a wait for a message looks and yields its core before it sleeps. Longer costs
+    processor time while nothing is in flight, shorter costs wake-ups."""
     attention_memory_bytes: int | None = None
     """KV memory of each attention worker (or of the local executor with attention=local).
     None: enough for `max_num_seqs` sequences of the model's length, at most a quarter of RAM."""
+    attention_memory_fraction: float | None = None
+    """Instead of `attention_memory_bytes`: the share of the machine's memory that all attention
+    workers on it have together."""
     local_memory_bytes: int | None = None
     """KV memory of the local executor for prompts in progress. None: one full-length prompt."""
     early_q: bool = True
@@ -97,6 +129,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Threads of the model worker. None: shared out with the attention workers."""
     worker_num_threads: int | None = None
     """Threads of each attention worker."""
+    model_cores: tuple[int, ...] = ()
+    """Cores that the model worker may use; empty: all that this process may."""
+    worker_cores: tuple[int, ...] = ()
+    """Cores for the attention workers, dealt out in order, `worker_num_threads` each while there
+    are enough; empty: all that this process may use."""
+    compile: bool = False
+    """Compile the slices with Inductor: takes a while at start-up."""
     step_deadline_s: float = 60.0
     """Longest wait for one answer of an attention worker that still sends heartbeats."""
     heartbeat_interval_s: float = 0.25
@@ -109,6 +148,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             if not ok:
                 raise ConfigError(f"{field} must be {want}, got {getattr(self, field)}")
 
+        need(self.busy_poll_s >= 0, "busy_poll_s", "at least 0")
+        share = self.attention_memory_fraction
+        need(share is None or 0.0 < share <= 1.0, "attention_memory_fraction", "in (0, 1]")
+        if share is not None and self.attention_memory_bytes is not None:
+            raise ConfigError(
+                "attention_memory_fraction and attention_memory_bytes are both set; give one"
+            )
         for field in ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size"):
             need(getattr(self, field) >= 1, field, "at least 1")
         need(

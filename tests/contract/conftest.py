@@ -9,17 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lamina.transport.faulty import FaultyLink
+from lamina.transport.handshake import Listener, connect
 from lamina.transport.inproc import inproc_pair
 from lamina.transport.mailbox import Inbox, Link, Outbox
-from lamina.transport.tcp import TcpListener, connect
+from lamina.transport.native import NativeLink
 
 SIZE = 4096
 Pair = tuple[Link, Link]
+NativePair = tuple[NativeLink, NativeLink]
 
 
-def tcp_pair() -> Pair:
+def opened_pair(address: str) -> NativePair:
     secret, deadline = bytes(32), time.monotonic() + 10
-    listener = TcpListener(name="a")
+    listener = Listener(address, name="a")
     try:
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(connect, listener.address, secret, "print", "b", deadline)
@@ -29,7 +31,15 @@ def tcp_pair() -> Pair:
         listener.close()
 
 
-def faulty(make: Callable[[], Pair]) -> Callable[[], Pair]:
+def shm_pair() -> NativePair:
+    return opened_pair("unix:@")
+
+
+def tcp_pair() -> NativePair:
+    return opened_pair("127.0.0.1:0")
+
+
+def faulty(make: Callable[[], NativePair]) -> Callable[[], Pair]:
     def pair() -> Pair:
         a, b = make()
         return FaultyLink(a), FaultyLink(b)
@@ -39,8 +49,9 @@ def faulty(make: Callable[[], Pair]) -> Callable[[], Pair]:
 
 TRANSPORTS: dict[str, Callable[[], Pair]] = {
     "inproc": lambda: inproc_pair("a", "b"),
+    "shm": shm_pair,
     "tcp": tcp_pair,
-    "faulty-inproc": faulty(lambda: inproc_pair("a", "b")),
+    "faulty-shm": faulty(shm_pair),
     "faulty-tcp": faulty(tcp_pair),
 }
 

@@ -41,8 +41,9 @@ def test_greedy_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
     prompts = make_prompts(PROMPT_LENGTHS)
     expected = transformers_greedy(eager, prompts, NUM_TOKENS)
     model = convert(tmp_path)
-    for num_workers in (0, 1, 2, 3):
-        with running(tiny_config(tmp_path, num_workers), model) as started:
+    for num_workers, transport in ((0, "auto"), (1, "shm"), (2, "tcp"), (3, "shm")):
+        config = tiny_config(tmp_path, num_workers, transport=transport)
+        with running(config, model) as started:
             outputs = run_all(started, requests(prompts, ignore_eos=True))
             answers = [tokens(outputs[str(index)]) for index in range(len(prompts))]
             assert answers == expected, f"{num_workers} attention workers"
@@ -82,6 +83,9 @@ PAGE_BYTES = 6 * 2 * 8 * 16 * 4 * 3
     "changes",
     [
         pytest.param({"early_q": False}, id="no early q"),
+        pytest.param({"transport": "tcp"}, id="tcp"),
+        pytest.param({"num_threads": 2, "worker_num_threads": 2}, id="two threads each"),
+        pytest.param({"model_cores": (0,), "worker_cores": (0,)}, id="one core for all"),
         pytest.param({"attention_partition": "requests"}, id="partition by requests"),
         pytest.param({"block_size": 1}, id="pages of one token"),
         pytest.param({"max_num_batched_tokens": 512}, id="prompts whole"),

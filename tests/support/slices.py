@@ -35,7 +35,7 @@ def plain_attention(
 
 
 def run_slices(model: SlicedModel, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
-    """All rows of all sequences in one step; logits [T, V] of each sequence."""
+    """All rows of all sequences in one step; float32 logits [T, V] of each sequence."""
     lengths = [len(ids) for ids in sequences]
     state = model.begin(
         torch.cat(sequences),
@@ -54,6 +54,6 @@ def run_slices(model: SlicedModel, sequences: list[torch.Tensor]) -> list[torch.
             [plain_attention(*rows, spec, sinks) for rows in zip(*parts, strict=True)]
         )
     logits = model.run_last(state)
-    assert logits.dtype == torch.float32
+    assert logits.dtype == model.dtype
     assert all(value is None for value in state.values), "every value is dropped after its last use"
-    return list(logits.split(lengths))
+    return list(logits.float().split(lengths))

@@ -13,7 +13,7 @@ import lamina
 
 ROOT = Path(lamina.__file__).parent
 TIERS = (
-    {"errors", "types", "config"},
+    {"errors", "types", "config", "_native"},
     {"sched", "plan"},
     {"attention", "convert", "kv", "transport", "demo"},
     {"workers"},

@@ -6,9 +6,11 @@ machine hits all of them; ratios are taken turn by turn.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -27,7 +29,11 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     """Median over the turns."""
     tokens_per_s_low: float
     tokens_per_s_high: float
-    step_ms: float
+    tbt_ms: float
+    """Time between tokens, median over all steps."""
+    tbt_p99_ms: float
+    phases_ms: dict[str, float]
+    """Where the time of a step went, for deployments of ours (mean)."""
     ratio: float
     """Median of the ratio of its speed to the last subject's, turn by turn."""
     ratio_low: float
@@ -50,13 +56,22 @@ def measure(
     prefill_s = [subject.prefill(prompts) for subject in subjects]
     for subject in subjects:
         subject.decode(1)
-    seconds: list[list[float]] = [[] for _ in subjects]
+    before = [subject.phases() for subject in subjects]
+    steps: list[list[list[float]]] = [[] for _ in subjects]
     for _ in range(turns):
-        for subject, values in zip(subjects, seconds, strict=True):
-            values.append(subject.decode(steps_per_turn))
+        for subject, rounds in zip(subjects, steps, strict=True):
+            rounds.append(subject.decode(steps_per_turn))
+    seconds = [[sum(turn) for turn in rounds] for rounds in steps]
     tokens = batch * steps_per_turn
     figures = []
-    for subject, values, prompt_s in zip(subjects, seconds, prefill_s, strict=True):
+    for index, (subject, values, prompt_s) in enumerate(
+        zip(subjects, seconds, prefill_s, strict=True)
+    ):
+        intervals_ms = [1e3 * step for turn in steps[index] for step in turn]
+        phases_ms = {
+            phase: 1e3 * (total - before[index][phase]) / (turns * steps_per_turn)
+            for phase, total in subject.phases().items()
+        }
         speeds = [tokens / value for value in values]
         ratios = [base / value for base, value in zip(seconds[-1], values, strict=True)]
         figures.append(
@@ -67,7 +82,9 @@ def measure(
                 tokens_per_s=statistics.median(speeds),
                 tokens_per_s_low=min(speeds),
                 tokens_per_s_high=max(speeds),
-                step_ms=1e3 * statistics.median(values) / steps_per_turn,
+                tbt_ms=statistics.median(intervals_ms),
+                tbt_p99_ms=percentile(intervals_ms, 0.99),
+                phases_ms=phases_ms,
                 ratio=statistics.median(ratios),
                 ratio_low=min(ratios),
                 ratio_high=max(ratios),
@@ -77,10 +94,22 @@ def measure(
     return figures
 
 
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` (0 to 1) of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
 def lamina_config(
-    folder: Path, *, num_workers: int, batch: int, length: int, num_threads: int
+    folder: Path,
+    *,
+    num_workers: int,
+    batch: int,
+    length: int,
+    num_threads: int,
+    **settings: Any,
 ) -> EngineConfig:
-    """The engine of one deployment; 0 workers is the monolithic one."""
+    """The engine of one deployment; 0 workers is the monolithic one. `settings`: further fields."""
     return EngineConfig(
         model=str(folder),
         load_format="dummy",
@@ -92,4 +121,5 @@ def lamina_config(
         attention_workers=tuple(AttentionWorkerConfig() for _ in range(num_workers or 1)),
         num_threads=num_threads,
         worker_num_threads=num_threads,
+        **settings,
     )

@@ -27,8 +27,11 @@ class Subject(Protocol):
     def prefill(self, prompts: Sequence[Sequence[int]]) -> float:
         """Compute the prompts, forgetting earlier ones; returns seconds."""
 
-    def decode(self, num_steps: int) -> float:
-        """Generate `num_steps` tokens for every prompt, greedily; returns seconds."""
+    def decode(self, num_steps: int) -> list[float]:
+        """Generate `num_steps` tokens for every prompt, greedily; returns seconds per step."""
+
+    def phases(self) -> dict[str, float]:
+        """Seconds that phases of decoding took since the start; empty if it does not know."""
 
     def close(self) -> None:
         """Stop processes and free memory."""
@@ -61,13 +64,17 @@ class LaminaSubject:
             waiting -= {output.request_id for output in engine.step() if output.token_ids}
         return time.perf_counter() - start
 
-    def decode(self, num_steps: int) -> float:
+    def decode(self, num_steps: int) -> list[float]:
         engine = self._started.engine
-        start = time.perf_counter()
-        for _ in range(num_steps):
+
+        def step() -> None:
             outputs = engine.step()
             assert len(outputs) == len(self._names), "every sequence must yield one token per step"
-        return time.perf_counter() - start
+
+        return [_seconds(step) for _ in range(num_steps)]
+
+    def phases(self) -> dict[str, float]:
+        return self._started.engine.stats().seconds
 
     def close(self) -> None:
         self._started.close()
@@ -102,15 +109,24 @@ class TransformersSubject:
         return time.perf_counter() - start
 
     @torch.inference_mode()
-    def decode(self, num_steps: int) -> float:
-        start = time.perf_counter()
-        for _ in range(num_steps):
+    def decode(self, num_steps: int) -> list[float]:
+        def step() -> None:
             logits = self._model(self._last, past_key_values=self._cache).logits
             self._last = logits[:, -1:].argmax(-1)
-        return time.perf_counter() - start
+
+        return [_seconds(step) for _ in range(num_steps)]
+
+    def phases(self) -> dict[str, float]:
+        return {}
 
     def close(self) -> None:
         self._model = self._cache = None
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 class SubjectProcess:
@@ -139,35 +155,39 @@ class SubjectProcess:
         self._receive()
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> float:
-        return self._call("prefill", prompts)
+        seconds: float = self._call("prefill", prompts)
+        return seconds
 
-    def decode(self, num_steps: int) -> float:
-        return self._call("decode", num_steps)
+    def decode(self, num_steps: int) -> list[float]:
+        seconds: list[float] = self._call("decode", num_steps)
+        return seconds
+
+    def phases(self) -> dict[str, float]:
+        seconds: dict[str, float] = self._call("phases")
+        return seconds
 
     def close(self) -> None:
         self._pipe.close()
         self._process.join()
 
-    def _call(self, method: str, argument: object) -> float:
-        self._pipe.send((method, argument))
+    def _call(self, method: str, *arguments: object) -> Any:
+        self._pipe.send((method, arguments))
         return self._receive()
 
-    def _receive(self) -> float:
+    def _receive(self) -> Any:
         try:
-            result = self._pipe.recv()
+            return self._pipe.recv()
         except EOFError:
             raise EngineDead(f"{self.name} ended; its error stands above") from None
-        assert isinstance(result, float)
-        return result
 
 
 def _serve(pipe: Connection, make: Callable[..., Subject], arguments: tuple[Any, ...]) -> None:
     subject = make(*arguments)
     try:
-        pipe.send(0.0)
+        pipe.send(None)
         while True:
-            method, argument = pipe.recv()
-            pipe.send(getattr(subject, method)(argument))
+            method, arguments = pipe.recv()
+            pipe.send(getattr(subject, method)(*arguments))
     except EOFError:
         return
     finally:

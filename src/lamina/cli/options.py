@@ -9,7 +9,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lamina.config import EngineConfig, parse_attention_workers, parse_bytes
+from lamina.config import (
+    EngineConfig,
+    parse_attention_workers,
+    parse_bytes,
+    parse_cores,
+    parse_memory,
+)
 from lamina.demo import demo_model_path
 
 _ENGINE = "Engine"
@@ -44,6 +50,12 @@ _OPTIONS: dict[str, tuple[Any, object]] = {
     ),
     "block_size": _option(int, _DEFAULT.block_size, "Tokens per KV page.", _ENGINE),
     "num_threads": _option(int | None, None, "Threads of the model worker.", _ENGINE),
+    "model_cores": _option(
+        str | None, None, "Cores of the model worker, such as 0-3; default: any.", _ENGINE
+    ),
+    "compile": _option(
+        bool, False, "Compile the slices with Inductor; takes a while at start-up.", _ENGINE
+    ),
     "attention": _option(
         Literal["local", "remote"], "remote",
         "local: monolithic, attention in the model worker's own process.", _ATTENTION,
@@ -55,14 +67,31 @@ _OPTIONS: dict[str, tuple[Any, object]] = {
         Literal["auto", "heads", "requests"], "auto",
         "What each worker gets; auto: heads where they divide, else requests.", _ATTENTION,
     ),
+    "kv_cache_dtype": _option(
+        Literal["auto", "int8"], "auto",
+        "auto: the model's; int8: about half the bytes of bfloat16.", _ATTENTION,
+    ),
+    "transport": _option(
+        Literal["auto", "shm", "tcp"], "auto",
+        "To the attention workers; auto: shm for those of this machine.", _ATTENTION,
+    ),
+    "busy_poll_s": _option(
+        float, _DEFAULT.busy_poll_s,
+        "How long a wait for a message yields its core before it sleeps.", _ATTENTION,
+    ),
     "attention_memory": _option(
-        str | None, None, "KV memory of each attention worker, such as 8GiB.", _ATTENTION
+        str | None, None,
+        "KV memory of each attention worker, such as 8GiB; or a fraction of the machine's, such "
+        "as 0.5, for all of them together.", _ATTENTION,
     ),
     "local_memory": _option(
         str | None, None, "KV memory of the model worker for prompts in progress.", _ATTENTION
     ),
     "worker_num_threads": _option(
         int | None, None, "Threads of each attention worker.", _ATTENTION
+    ),
+    "worker_cores": _option(
+        str | None, None, "Cores of the attention workers, dealt out in order.", _ATTENTION
     ),
     "early_q": _option(
         bool, True, "Send q before k and v are computed.", _ATTENTION
@@ -117,17 +146,19 @@ def engine_config(
     attention_workers: str,
     attention_memory: str | None,
     local_memory: str | None,
+    model_cores: str | None,
+    worker_cores: str | None,
     **fields: Any,
 ) -> EngineConfig:
     """An EngineConfig from option values; ConfigError names what is wrong."""
+    memory = parse_memory(attention_memory, "attention_memory") if attention_memory else None
     return EngineConfig(
         model=model if model is not None else str(demo_model_path()),
         attention_workers=parse_attention_workers(attention_workers),
-        attention_memory_bytes=_bytes(attention_memory, "attention_memory"),
-        local_memory_bytes=_bytes(local_memory, "local_memory"),
+        attention_memory_bytes=memory if isinstance(memory, int) else None,
+        attention_memory_fraction=memory if isinstance(memory, float) else None,
+        local_memory_bytes=parse_bytes(local_memory, "local_memory") if local_memory else None,
+        model_cores=parse_cores(model_cores, "model_cores") if model_cores else (),
+        worker_cores=parse_cores(worker_cores, "worker_cores") if worker_cores else (),
         **fields,
     )
-
-
-def _bytes(text: str | None, field: str) -> int | None:
-    return None if text is None else parse_bytes(text, field)

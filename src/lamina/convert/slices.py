@@ -16,7 +16,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,11 +25,13 @@ from torch import fx
 from lamina.attention.spec import AttentionSpec
 from lamina.convert.cut import CannotCut, SliceOrder, cut
 from lamina.convert.dataflow import Values, read_values
+from lamina.convert.passes import Passes
 from lamina.convert.program import ProgramTable, Stage
 from lamina.convert.trace import Trace, qkv_of
 from lamina.errors import ConversionError
 
 if TYPE_CHECKING:
+    from lamina._native import ThreadPool
     from lamina.convert.explain import Explanation
 
 
@@ -58,7 +60,8 @@ class BoundStage:
     writes: tuple[tuple[int, int], ...]
     """(slot, output) of what later stages read; the other outputs are the caller's."""
     drops: tuple[int, ...]
-    weights: tuple[torch.Tensor, ...]
+    weights: tuple[Any, ...]
+    """Tensors, and after `SlicedModel.optimize` functions that hold packed weights."""
 
     def __call__(self, values: list[Any]) -> tuple[Any, ...]:
         outputs = self.run(*[values[slot] for slot in self.reads], *self.weights)
@@ -200,6 +203,8 @@ class SlicedModel:
         self.eos_token_ids = eos_token_ids
         self.attention_specs = structure.specs
         self.structure = structure
+        self.passes: Passes | None = None
+        """What rewrote the stages; None before `optimize`."""
         self._has_weights = tensors is not None
         self.sinks = tuple(_sinks(node, tensors) for node in structure.trace.attention)
         self._bind(structure, tensors or {})
@@ -256,6 +261,32 @@ class SlicedModel:
         """Distinct programs; does not grow with the number of equal layers."""
         return self.structure.num_programs
 
+    def optimize(self, pool: ThreadPool, *, compile: bool = False, isa: str | None = None) -> None:
+        """Rewrite all stages to run in native code on the pool's threads, with packed weights.
+
+        Results stay the same up to rounding. Plain weights that no torch op reads any more are
+        freed as soon as they are packed. Blocks for about as long as it takes to copy the weights.
+
+        Args:
+            pool: must be used by this model's slices only while no other native call needs it.
+            compile: let Inductor generate all but the linears, at each program's first call. It
+                needs a C++ compiler and takes seconds per program, not per layer.
+            isa: an instruction set level other than the active one.
+        """
+        assert self._has_weights, "a model from convert_structure has no weights to pack"
+        assert self.passes is None, "a model is optimized once"
+        passes = self.passes = Passes(pool, compile=compile, isa=isa)
+        self._prologue = passes.rewrite(self._prologue)
+        slices, self.slices = list(self.slices), ()
+        for i, part in enumerate(slices):
+            slices[i] = replace(
+                part,
+                q=passes.rewrite(part.q),
+                kv=passes.rewrite(part.kv) if part.kv else None,
+                deferred=passes.rewrite(part.deferred) if part.deferred else None,
+            )
+        self.slices = tuple(slices)
+
     def begin(
         self, input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, logit_rows_R: torch.Tensor
     ) -> SliceState:
@@ -298,11 +329,14 @@ class SlicedModel:
             stage(state.values)
 
     def run_last(self, state: SliceState) -> torch.Tensor:
-        """The last slice: logits [R, V] in float32; the caller owns them. Free when R is 0."""
+        """The last slice: logits [R, V] in the model's dtype; the caller owns them.
+
+        Free when R is 0.
+        """
         if state.values[_LOGIT_ROWS_SLOT].shape[0] == 0:
-            return torch.empty(0, self.vocab_size)
+            return torch.empty(0, self.vocab_size, dtype=self.dtype)
         logits: torch.Tensor = self._enter(self.num_layers, state)[-1]
-        return logits.squeeze(0).float()
+        return logits.squeeze(0)
 
     def _enter(self, layer: int, state: SliceState) -> tuple[Any, ...]:
         part = self.slices[layer]

@@ -135,6 +135,7 @@ class Engine:
                 "slices": times.slices_s,
                 "send": times.post_s,
                 "attention": times.attention_s,
+                "steps_other": times.other_s,
                 "sample": self._sample_s,
             },
         )

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lamina._native import argmax_rows
 from lamina.types import SamplingParams, TokenLogprobs
 
 _GREEDY_BELOW = 1e-5
@@ -25,6 +26,7 @@ _NUCLEUS_WIDTH = 1024
 """How many of the best tokens top-p looks at before it sorts the whole vocabulary."""
 _MASK64 = 2**64 - 1
 _NEVER = -math.inf
+_NATIVE_ELEMENTS = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 class SamplerRow(NamedTuple):
@@ -72,7 +74,8 @@ class Sampler:
         """Choose one token per row.
 
         Args:
-            logits_RV: float32 [R, V] on any device, read only.
+            logits_RV: [R, V] of any floating type on any device, read only. What needs more than an
+                argmax is computed in float32.
             rows: R descriptions, in the order of the logits.
 
         Blocks until the tokens are on the host. Does not raise for bad logits: such rows are
@@ -81,19 +84,18 @@ class Sampler:
         assert logits_RV.shape[0] == len(rows)
         if not rows:
             return SampleResult([], [], {})
-        best_R, best_ids_R = logits_RV.max(dim=-1)  # NaN wins a maximum
-        token_ids: list[int] = best_ids_R.tolist()
+        token_ids, best = _argmax(logits_RV)
         errors = {
             r: "the model's logits are NaN or infinite "
             f"after {len(rows[r].output_token_ids)} output tokens; try another dtype, "
             "and check that the checkpoint is sound"
-            for r, finite in enumerate(best_R.isfinite().tolist())
-            if not finite
+            for r, value in enumerate(best)
+            if not math.isfinite(value)
         }
         special = [r for r, row in enumerate(rows) if r not in errors and not _is_argmax(row)]
         if special:
             index_S = torch.tensor(special, device=logits_RV.device)
-            chosen = _choose(logits_RV[index_S], [rows[r] for r in special])
+            chosen = _choose(logits_RV[index_S].float(), [rows[r] for r in special])
             for r, token_id in zip(special, chosen, strict=True):
                 token_ids[r] = token_id
                 if token_id < 0:
@@ -112,12 +114,23 @@ def prompt_logprobs(
     """Log-probabilities of the prompt tokens that follow R prompt rows.
 
     Args:
-        logits_RV: float32 [R, V], read only; row r is the logits after some prompt token.
+        logits_RV: [R, V] of any floating type, read only; row r is the logits after some prompt
+            token.
         target_token_ids: the R tokens that come next in the prompt.
         num_top: how many of the most likely tokens to report at each position.
     """
     assert logits_RV.shape[0] == len(target_token_ids)
     return _token_logprobs(logits_RV, target_token_ids, [num_top] * len(target_token_ids))
+
+
+def _argmax(logits_RV: Tensor) -> tuple[list[int], list[float]]:
+    """Each row's best token, the first of equals, and its logit; NaN wins."""
+    element = _NATIVE_ELEMENTS.get(logits_RV.dtype)
+    if element is None or not logits_RV.is_cpu or logits_RV.stride(1) != 1:
+        best_R, best_ids_R = logits_RV.max(dim=-1)
+        return best_ids_R.tolist(), best_R.tolist()
+    num_rows, vocab_size = logits_RV.shape
+    return argmax_rows(element, logits_RV.data_ptr(), num_rows, vocab_size, logits_RV.stride(0))
 
 
 def _masked_stops(row: SamplerRow) -> set[int]:
@@ -282,7 +295,7 @@ def _token_logprobs(
     """Log-probability, rank and best alternatives of one given token per row."""
     if not token_ids:
         return []
-    logprobs_RV = logits_RV.log_softmax(dim=-1)
+    logprobs_RV = logits_RV.log_softmax(dim=-1, dtype=torch.float32)
     ids_R1 = torch.tensor(token_ids, device=logits_RV.device)[:, None]
     own_R1 = logprobs_RV.gather(1, ids_R1)
     ranks = ((logprobs_RV > own_R1).sum(dim=-1) + 1).tolist()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from lamina._native import ThreadPool
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel, convert
 from lamina.engine.engine import Engine
+from lamina.kv.pages import cache_dtype_name
 from lamina.workers.deployment import Machine, resolve
 from lamina.workers.fleet import ExecutorFleet
 from lamina.workers.process import limit_threads, start_fork_server
@@ -30,7 +32,7 @@ def start_engine(
     """Load the model, start the attention executors, and put the engine over them.
 
     Args:
-        model: an already converted model, instead of loading `config.model`.
+        model: an already converted model, used as it is, instead of loading `config.model`.
         progress: show a progress bar while weights load.
 
     Raises:
@@ -38,6 +40,7 @@ def start_engine(
     """
     if config.attention == "remote":
         start_fork_server()  # imports torch meanwhile
+    is_given = model is not None
     if model is None:
         model = convert(
             config.model,
@@ -47,16 +50,25 @@ def start_engine(
             progress=progress,
         )
     deployment = resolve(
-        config, model.attention_specs, model.dtype.itemsize, model.max_model_len, this_machine()
+        config,
+        model.attention_specs,
+        cache_dtype_name(config.kv_cache_dtype, str(model.dtype).removeprefix("torch.")),
+        model.max_model_len,
+        this_machine(),
     )
+    if config.model_cores:
+        os.sched_setaffinity(0, config.model_cores)
     limit_threads(deployment.num_threads)
-    fleet = ExecutorFleet.start(config, model, deployment)
+    pool = ThreadPool(deployment.num_threads)
+    if not is_given:
+        model.optimize(pool, compile=config.compile)
+    fleet = ExecutorFleet.start(config, model, deployment, pool)
     return StartedEngine(Engine(config, model, deployment, fleet), fleet)
 
 
 def this_machine() -> Machine:
     """Cores that this process may use, and physical memory."""
     return Machine(
-        num_cores=len(os.sched_getaffinity(0)),
+        cores=tuple(sorted(os.sched_getaffinity(0))),
         ram_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )

@@ -1,9 +1,9 @@
 """Which page holds which tokens of which sequence. Pure bookkeeping: no tensors, no torch.
 
 Every executor owns one `PageAllocator`. Pages are handed out so that a sequence's tokens lie in as
-few contiguous runs as possible: attention reads a run without gathering it first. A sequence grows
-into the page after its last one while that is free; a run that must start elsewhere starts in the
-middle of the largest free gap, which leaves room to grow for it and for its neighbour.
+few contiguous runs as possible: attention reads faster where the next page is the next in memory. A
+sequence grows into the page after its last one while that is free; a run that must start elsewhere
+starts in the middle of the largest free gap, which leaves room to grow for it and its neighbour.
 """
 
 from __future__ import annotations
@@ -11,19 +11,44 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
+from lamina import _native
 from lamina.attention.spec import AttentionSpec
 from lamina.errors import CapacityError
 from lamina.types import ceil_div
 
 
-def bytes_per_page(specs: Sequence[AttentionSpec], page_tokens: int, itemsize: int) -> int:
-    """Bytes of one page over all layers of `specs` (an executor's own heads).
+def bytes_per_page(specs: Sequence[AttentionSpec], page_tokens: int, cache_dtype: str) -> int:
+    """Bytes of one page over all layers of `specs` (an executor's own heads), padding included.
 
     Args:
-        page_tokens: tokens per page.
-        itemsize: bytes per element of the cache's dtype.
+        page_tokens: tokens per page; memory is laid out for the next multiple of 16.
+        cache_dtype: float32, float16, bfloat16 or int8.
     """
-    return page_tokens * itemsize * sum(spec.kv_elements_per_token() for spec in specs)
+    return _native.page_bytes(layer_specs(specs, [None] * len(specs)), cache_dtype, page_tokens)
+
+
+def cache_dtype_name(kv_cache_dtype: str, dtype: str) -> str:
+    """The cache's dtype from the setting (`auto` or `int8`) and the model's dtype."""
+    return dtype if kv_cache_dtype == "auto" else kv_cache_dtype
+
+
+def layer_specs(
+    specs: Sequence[AttentionSpec], sinks: Sequence[Sequence[float] | None]
+) -> list[_native.LayerSpec]:
+    """Specs as the native side takes them, with each layer's sinks per query head, if any."""
+    return [
+        _native.LayerSpec(
+            query_heads=spec.num_query_heads,
+            kv_heads=spec.num_kv_heads,
+            head_dim_k=spec.head_dim_k,
+            head_dim_v=spec.head_dim_v,
+            scale=spec.scale,
+            window=spec.window or 0,
+            softcap=spec.softcap or 0.0,
+            sinks=list(values or ()),
+        )
+        for spec, values in zip(specs, sinks, strict=True)
+    ]
 
 
 class PageAllocator:

@@ -12,10 +12,10 @@ order that leaves at most one unread message in any mailbox other than the one i
 than that could never be received, and is a ProtocolMismatch or a DeadlineExceeded instead of a
 hang).
 
-Slots: message number k of a mailbox (counting arrivals) lies in slot k mod 2. A slot is written
-again only when its message was discarded or its view has ended; a view ends with the next `wait` on
-the same mailbox. While both slots are taken the receiver takes nothing more from the connection,
-and the sender's `post` blocks once the connection's own buffers are full.
+Slots: the two slots of a mailbox are used in turn; while one is viewed, the other may be used
+again. A slot is written again only when its message was discarded or its view has ended; a view
+ends with the next `wait` on the same mailbox. While both slots are taken the receiver takes nothing
+more from the connection, and the sender's `post` blocks once the connection's own buffers are full.
 
 Sequence numbers of a mailbox strictly increase, gaps are fine. `wait(n)` discards messages with
 smaller numbers (left over from a step that was given up).
@@ -35,6 +35,7 @@ Threads: one thread posts and waits; `fail` and `close` may be called from any t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 
@@ -50,8 +51,7 @@ class Outbox(ABC):
 
         Args:
             seq: greater than every number posted before.
-            parts: contiguous CPU tensors of any dtype. The link may hand them to a receiver of the
-                same thread by reference: do not write to their memory after the call, drop them.
+            parts: contiguous CPU tensors of any dtype; theirs again after the call.
             deadline: `time.monotonic()` after which the call gives up. Blocks only while the
                 peer's buffers are full.
         """
@@ -93,9 +93,26 @@ class Link(ABC):
         """Create the receiving end of mailbox number `mailbox` and its memory."""
 
     @abstractmethod
+    def wait_any(self, awaited: Sequence[tuple[Inbox, int]], deadline: float) -> int:
+        """Block until `wait` for one of these messages would return or fail at once.
+
+        Takes nothing and ends no view; messages with smaller numbers may be discarded. Meanwhile
+        up to two messages may lie unread in any mailbox.
+
+        Args:
+            awaited: inboxes of this link with the number of the message wanted of each.
+
+        Returns:
+            The index of the first such, in the order given.
+        """
+
+    @abstractmethod
     def fail(self, reason: str) -> None:
         """Declare the peer lost: the present wait and all later calls raise PeerLost(reason)."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close the connection and free the mailboxes. Idempotent. The peer sees PeerLost."""
+        """Close the connection. Idempotent. The peer sees PeerLost.
+
+        The mailboxes' memory goes when nothing refers to link, mailboxes and views any more.
+        """

@@ -1,13 +1,13 @@
 """What travels between processes: frames, hellos, control messages, addresses. Pure.
 
-Tensor channel (`tcp.py`), all integers little-endian:
+Tensor channel (`handshake.py`), all integers little-endian:
 
-    frame    "LMNF" | version u16 | mailbox u16 | sequence number u64 | payload bytes u64 | payload
     hello    "LMNH" | version u16 | lengths of secret, fingerprint, name: 3 x u16 | their bytes
     welcome  "LMNW" | version u16 | status u16 | length of text u16 | text, zeros up to 1024
 
 The side that connects sends one hello, the listening side answers with one welcome whose text is
-its own name or the reason why it refuses. Frames follow in both directions.
+its own name or the reason why it refuses. What follows in both directions is native: frames over
+TCP (`native/transport/tcp.h`), shared memory over a Unix socket (`native/transport/shm.h`).
 
 Control channel (`control.py`): msgpack of `Envelope`, one ZeroMQ message each, over CURVE:
 
@@ -18,7 +18,7 @@ Control channel (`control.py`): msgpack of `Envelope`, one ZeroMQ message each, 
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -28,29 +28,18 @@ from lamina.errors import ConfigError, ProtocolMismatch
 PROTOCOL_VERSION = 1
 """Of the tensor channel and the control messages together; both sides must run the same."""
 
-_FRAME_MAGIC = b"LMNF"
 _HELLO_MAGIC = b"LMNH"
 _WELCOME_MAGIC = b"LMNW"
-_FRAME = struct.Struct("<4sHHQQ")
 _PREFIX = struct.Struct("<4sH")
 _HELLO = struct.Struct("<4sHHHH")
 _WELCOME = struct.Struct("<4sHHH")
 
-FRAME_BYTES = _FRAME.size
 MAX_TEXT_BYTES = 1024
 """Longest secret, fingerprint, name and reason of a hello or welcome."""
 WELCOME_BYTES = _WELCOME.size + MAX_TEXT_BYTES
 """Size of every welcome: fixed, because frames may follow it at once."""
 _ACCEPTED = 0
 _REFUSED = 1
-
-
-class FrameHeader(NamedTuple):
-    """What precedes every payload."""
-
-    mailbox: int
-    seq: int
-    num_bytes: int
 
 
 class Hello(NamedTuple):
@@ -115,6 +104,8 @@ class Assign(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     sinks: tuple[bytes | None, ...]
     """Per layer the sink values of the share's query heads, float32; None: no sinks."""
     dtype: str
+    """Of q, k, v and the output."""
+    kv_cache_dtype: Literal["auto", "int8"]
     num_pages: int
     page_tokens: int
     max_rows: int
@@ -125,6 +116,8 @@ class Assign(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     fingerprint: str
     """Of the tensor channel's hello."""
     step_deadline_s: float
+    busy_poll_s: float
+    """How long the worker's waits yield the core before they sleep."""
 
 
 class Assigned(msgspec.Struct, frozen=True, tag=True):
@@ -214,20 +207,6 @@ def unpack_control(data: bytes, peer: str) -> Envelope:
             "sides",
             peer=peer,
         ) from error
-
-
-def pack_frame_header(mailbox: int, seq: int, num_bytes: int) -> bytes:
-    """The `FRAME_BYTES` bytes ahead of a payload."""
-    return _FRAME.pack(_FRAME_MAGIC, PROTOCOL_VERSION, mailbox, seq, num_bytes)
-
-
-def unpack_frame_header(data: bytes | bytearray | memoryview, peer: str) -> FrameHeader:
-    """The inverse. ProtocolMismatch: wrong length, magic or version."""
-    if len(data) != FRAME_BYTES:
-        raise ProtocolMismatch(f"a frame header of {len(data)} bytes", peer=peer)
-    magic, version, mailbox, seq, num_bytes = _FRAME.unpack(data)
-    _check_prefix(magic, version, _FRAME_MAGIC, "frame", peer)
-    return FrameHeader(mailbox, seq, num_bytes)
 
 
 def pack_hello(hello: Hello) -> bytes:

@@ -16,11 +16,12 @@ from pathlib import Path
 import msgspec
 import torch
 
+from lamina._native import ThreadPool
 from lamina.attention.executor import AttentionExecutor
 from lamina.errors import DeadlineExceeded, LaminaError
 from lamina.transport.control_client import ControlClient, Incoming
+from lamina.transport.handshake import connect
 from lamina.transport.join_token import JoinToken
-from lamina.transport.tcp import connect
 from lamina.transport.wire import (
     Assign,
     Assigned,
@@ -34,8 +35,8 @@ from lamina.workers.serving import ExecutorServer
 
 logger = logging.getLogger("lamina.attention")
 
-_PLAN_POLL_S = 0.05
-"""How often a worker without work looks for control messages."""
+_CONTROL_POLL_S = 0.05
+"""How often a worker that has nothing to do looks for control messages."""
 
 
 class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +48,8 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     token: str
     """The join token's line."""
     num_threads: int
+    cores: tuple[int, ...]
+    """Cores to keep to; empty: any."""
     startup_timeout_s: float
 
 
@@ -58,6 +61,8 @@ def run_attention_worker(start: WorkerStart) -> None:
             still hear it.
     """
     _show_name(start.name)
+    if start.cores:
+        os.sched_setaffinity(0, start.cores)
     try:
         _join_and_serve(start)
     except LaminaError as error:
@@ -77,7 +82,7 @@ def _join_and_serve(start: WorkerStart) -> None:
     )
     control = ControlClient(start.address, JoinToken.parse(start.token), join, deadline=deadline)
     try:
-        _Worker(control, deadline).serve()
+        _Worker(control, start.num_threads, deadline).serve()
     except Exception as error:  # whatever it is, the engine must learn of it
         if control.engine_lost is None:
             control.send(WorkerError(type(error).__name__, str(error)))
@@ -89,7 +94,7 @@ def _join_and_serve(start: WorkerStart) -> None:
 class _Worker:
     """An attention worker that has joined."""
 
-    def __init__(self, control: ControlClient, deadline: float) -> None:
+    def __init__(self, control: ControlClient, num_threads: int, deadline: float) -> None:
         self._control = control
         self._queries: list[Incoming] = []
         incoming = control.receive(deadline)
@@ -103,6 +108,8 @@ class _Worker:
                 dtype=dtype,
                 num_pages=assign.num_pages,
                 page_tokens=assign.page_tokens,
+                kv_cache_dtype=assign.kv_cache_dtype,
+                pool=ThreadPool(num_threads),
             )
         except LaminaError as error:
             control.reply(incoming, WorkerError(type(error).__name__, str(error)))
@@ -110,7 +117,12 @@ class _Worker:
         control.reply(incoming, Assigned(assign.num_pages))
         self._executor = executor
         self._link = connect(
-            assign.tensor_address, assign.secret, assign.fingerprint, control.name, deadline
+            assign.tensor_address,
+            assign.secret,
+            assign.fingerprint,
+            control.name,
+            deadline,
+            busy_poll_s=assign.busy_poll_s,
         )
         self._server = ExecutorServer(
             self._link,
@@ -126,12 +138,7 @@ class _Worker:
         """Steps and control messages, until ShutdownWorker."""
         try:
             while not self._handle_control():
-                try:
-                    self._server.begin_step(time.monotonic() + _PLAN_POLL_S)
-                except DeadlineExceeded:
-                    continue
-                while self._server.in_step:
-                    self._server.serve_layer()
+                self._server.serve(time.monotonic() + _CONTROL_POLL_S)
         finally:
             self._link.close()
 

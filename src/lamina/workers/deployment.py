@@ -21,7 +21,8 @@ _RAM_SHARE = 4
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """The facts about this machine that settings are resolved with."""
 
-    num_cores: int
+    cores: tuple[int, ...]
+    """Those that this process may use."""
     ram_bytes: int
 
 
@@ -35,6 +36,8 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """Pages of each executor, LOCAL included."""
     num_threads: int
     worker_num_threads: int
+    worker_cores: dict[int, tuple[int, ...]]
+    """Cores that each remote executor is kept to; empty: any."""
 
     @property
     def remote(self) -> tuple[int, ...]:
@@ -55,20 +58,21 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
 def resolve(
     config: EngineConfig,
     specs: Sequence[AttentionSpec],
-    itemsize: int,
+    cache_dtype: str,
     model_limit: int | None,
     machine: Machine,
 ) -> Deployment:
     """Resolve every setting that depends on the model or the machine.
 
     Args:
-        itemsize: bytes per element of the cache.
+        cache_dtype: float32, float16, bfloat16 or int8.
         model_limit: the model's own context length, if it has one.
 
     Raises:
         ConfigError: settings that contradict the model.
         CapacityError: the KV memory cannot hold what was asked for; says how much would.
     """
+    _check_cores(config, machine)
     limit = model_limit or config.max_model_len or _DEFAULT_MODEL_LEN
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(
@@ -80,10 +84,10 @@ def resolve(
     full_pages = ceil_div(wanted_len, page)
     specs = tuple(specs)
     if config.attention == "local":
-        memory = config.attention_memory_bytes or config.local_memory_bytes
+        memory = _asked(config, machine, 1) or config.local_memory_bytes
         num_pages = {
             LOCAL: _pages(
-                memory, bytes_per_page(specs, page, itemsize), config.max_num_seqs * full_pages,
+                memory, bytes_per_page(specs, page, cache_dtype), config.max_num_seqs * full_pages,
                 machine.ram_bytes // _RAM_SHARE, "attention memory",
             )
         }  # fmt: skip
@@ -97,29 +101,61 @@ def resolve(
         local_pages = full_pages + ceil_div(config.max_num_batched_tokens, page)
         num_pages = {
             LOCAL: _pages(
-                config.local_memory_bytes, bytes_per_page(specs, page, itemsize), local_pages,
+                config.local_memory_bytes, bytes_per_page(specs, page, cache_dtype), local_pages,
                 machine.ram_bytes // _RAM_SHARE, "local memory",
             )
         }  # fmt: skip
         for index, worker in enumerate(workers):
             share = shard_specs(specs, *partition.ranges[index], partition.units)
             num_pages[index + 1] = _pages(
-                worker.memory_bytes or config.attention_memory_bytes,
-                bytes_per_page(share, page, itemsize),
+                worker.memory_bytes or _asked(config, machine, len(workers)),
+                bytes_per_page(share, page, cache_dtype),
                 config.max_num_seqs * full_pages,
                 machine.ram_bytes // _RAM_SHARE // len(workers),
                 f"memory of attention worker {index + 1}",
             )
     max_model_len = _model_len(config, wanted_len, num_pages, partition)
     num_workers = len(num_pages) - 1
+    num_worker_cores = len(config.worker_cores or machine.cores)
+    worker_num_threads = config.worker_num_threads or max(
+        1, num_worker_cores // max(1, num_workers)
+    )
     return Deployment(
         max_model_len=max_model_len,
         partition=partition,
         num_pages=num_pages,
-        num_threads=config.num_threads or machine.num_cores,
-        worker_num_threads=config.worker_num_threads
-        or max(1, machine.num_cores // max(1, num_workers)),
+        num_threads=config.num_threads or len(config.model_cores or machine.cores),
+        worker_num_threads=worker_num_threads,
+        worker_cores=_deal_cores(config.worker_cores, num_workers, worker_num_threads),
     )
+
+
+def _check_cores(config: EngineConfig, machine: Machine) -> None:
+    for field in ("model_cores", "worker_cores"):
+        unknown = sorted(set(getattr(config, field)) - set(machine.cores))
+        if unknown:
+            raise ConfigError(
+                f"{field} names cores {', '.join(map(str, unknown))}, which this process may not "
+                f"use; it may use {', '.join(map(str, machine.cores))}"
+            )
+
+
+def _deal_cores(
+    cores: tuple[int, ...], num_workers: int, num_threads: int
+) -> dict[int, tuple[int, ...]]:
+    """A core for every thread while there are enough, otherwise all cores for every worker."""
+    enough = len(cores) >= num_workers * num_threads
+    return {
+        index + 1: cores[index * num_threads : (index + 1) * num_threads] if enough else cores
+        for index in range(num_workers)
+    }
+
+
+def _asked(config: EngineConfig, machine: Machine, num_workers: int) -> int | None:
+    """KV memory in bytes that the settings give to each of the attention workers."""
+    if config.attention_memory_fraction is None:
+        return config.attention_memory_bytes
+    return int(config.attention_memory_fraction * machine.ram_bytes / num_workers)
 
 
 def _pages(asked: int | None, page_bytes: int, useful: int, default_limit: int, what: str) -> int:

@@ -6,20 +6,21 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 
+from lamina import _native
 from lamina.attention.executor import AttentionExecutor
-from lamina.attention.partition import kv_head_range, query_head_range, shard_specs
-from lamina.attention.spec import AttentionSpec, fingerprint
+from lamina.attention.partition import query_head_range, shard_specs
+from lamina.attention.spec import fingerprint
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
 from lamina.errors import CapacityError, DeadlineExceeded, EngineDead, PeerLost
 from lamina.transport.control import ControlServer
+from lamina.transport.handshake import Listener
 from lamina.transport.inproc import inproc_pair
-from lamina.transport.mailbox import Link
-from lamina.transport.tcp import TcpListener
+from lamina.transport.native import NativeLink
 from lamina.transport.wire import (
     Assign,
     IntegrityQuery,
@@ -31,7 +32,7 @@ from lamina.types import LOCAL
 from lamina.workers.attention import WorkerStart, integrity, run_attention_worker
 from lamina.workers.deployment import Deployment
 from lamina.workers.process import WorkerProcess
-from lamina.workers.routes import ExecutorEnd
+from lamina.workers.routes import ExecutorEnd, Share
 from lamina.workers.serving import ExecutorServer
 
 logger = logging.getLogger("lamina.workers")
@@ -43,7 +44,13 @@ _QUERY_TIMEOUT_S = 10.0
 class ExecutorFleet:
     """Starts, watches and stops the executors. Used by the engine's thread, except `_on_lost`."""
 
-    def __init__(self, config: EngineConfig, model: SlicedModel, deployment: Deployment) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: SlicedModel,
+        deployment: Deployment,
+        pool: _native.ThreadPool,
+    ) -> None:
         """Prepare; `start` is the way to get a running fleet."""
         self.ends: list[ExecutorEnd] = []
         """The model worker's ends of the links to all executors."""
@@ -53,24 +60,31 @@ class ExecutorFleet:
         self._names = {e: f"attention-worker-{e}" for e in deployment.remote} | {LOCAL: "local"}
         self._executors = {name: e for e, name in self._names.items()}
         self._processes: dict[int, WorkerProcess] = {}
-        self._links: dict[int, Link] = {}
+        self._links: dict[int, NativeLink] = {}
         self._lost: dict[int, str] = {}
         self._lock = threading.Lock()
         self._closing = False
         self._control: ControlServer | None = None
-        self._local, self._local_server = self._start_local()
+        self._local = self._start_local(pool)
 
     @classmethod
     def start(
-        cls, config: EngineConfig, model: SlicedModel, deployment: Deployment
+        cls,
+        config: EngineConfig,
+        model: SlicedModel,
+        deployment: Deployment,
+        pool: _native.ThreadPool,
     ) -> ExecutorFleet:
         """Start all executors and connect them.
+
+        Args:
+            pool: the model worker's threads, which the local executor uses when slices do not.
 
         Raises:
             CapacityError: a cache's memory cannot be had.
             EngineDead: a worker process did not start.
         """
-        fleet = cls(config, model, deployment)
+        fleet = cls(config, model, deployment, pool)
         try:
             if deployment.remote:
                 fleet._start_remote()
@@ -100,8 +114,6 @@ class ExecutorFleet:
         reports: dict[int, IntegrityReply] = {}
         for end in self.ends:
             if end.executor == LOCAL:
-                while self._local_server.num_plans < end.num_plans:
-                    self._local_server.pump()
                 reports[LOCAL] = integrity(self._local)
                 continue
             assert self._control is not None
@@ -132,7 +144,7 @@ class ExecutorFleet:
         if self._control is not None:
             self._control.close()
 
-    def _start_local(self) -> tuple[AttentionExecutor, ExecutorServer]:
+    def _start_local(self, pool: _native.ThreadPool) -> AttentionExecutor:
         model, deployment = self._model, self._deployment
         specs = model.attention_specs
         executor = AttentionExecutor(
@@ -141,8 +153,10 @@ class ExecutorFleet:
             dtype=model.dtype,
             num_pages=deployment.num_pages[LOCAL],
             page_tokens=self._config.block_size,
+            kv_cache_dtype=self._config.kv_cache_dtype,
+            pool=pool,
         )
-        ours, theirs = inproc_pair("model-worker", "local", lambda: server.pump())
+        ours, theirs = inproc_pair("model-worker", "local", lambda: server.loop.pump())
         server = ExecutorServer(
             theirs,
             executor,
@@ -152,8 +166,8 @@ class ExecutorFleet:
             max_spans=self._config.max_num_seqs,
             step_deadline_s=self._config.step_deadline_s,
         )
-        self._connect(LOCAL, ours, specs, (0, 1, 1))
-        return executor, server
+        self._connect(LOCAL, ours, (0, 1, 1), on_plan=server.take_plan)
+        return executor
 
     def _start_remote(self) -> None:
         config, deployment = self._config, self._deployment
@@ -169,6 +183,7 @@ class ExecutorFleet:
                 address=self._control.address,
                 token=self._control.token.line,
                 num_threads=deployment.worker_num_threads,
+                cores=deployment.worker_cores[executor],
                 startup_timeout_s=config.startup_timeout_s,
             )
             self._processes[executor] = WorkerProcess(
@@ -179,7 +194,11 @@ class ExecutorFleet:
                 on_exit=self._on_exit,
             )
         self._wait_for_joins(self._control, deadline)
-        listener = TcpListener()
+        # All workers that the engine starts itself are on this machine.
+        listener = Listener(
+            "127.0.0.1:0" if config.transport == "tcp" else "unix:@",
+            busy_poll_s=config.busy_poll_s,
+        )
         try:
             for executor in deployment.remote:
                 self._assign(self._control, listener, executor, deadline)
@@ -201,7 +220,7 @@ class ExecutorFleet:
                     ) from None
 
     def _assign(
-        self, control: ControlServer, listener: TcpListener, executor: int, deadline: float
+        self, control: ControlServer, listener: Listener, executor: int, deadline: float
     ) -> None:
         config, model, deployment = self._config, self._model, self._deployment
         partition = deployment.partition
@@ -220,6 +239,7 @@ class ExecutorFleet:
                 for spec, sinks in zip(model.attention_specs, model.sinks, strict=True)
             ),
             dtype=dtype,
+            kv_cache_dtype=config.kv_cache_dtype,
             num_pages=deployment.num_pages[executor],
             page_tokens=config.block_size,
             max_rows=config.max_num_batched_tokens,
@@ -228,33 +248,32 @@ class ExecutorFleet:
             secret=secret,
             fingerprint=digest,
             step_deadline_s=config.step_deadline_s,
+            busy_poll_s=config.busy_poll_s,
         )
         reply = control.request(name, assign, deadline)
         if isinstance(reply, WorkerError):
             error = CapacityError if reply.kind == CapacityError.__name__ else EngineDead
             raise error(f"{name}: {reply.message}")
         link = listener.accept({secret: (name, digest)}, deadline)
-        self._connect(executor, link, specs, share)
+        self._connect(executor, link, share)
 
     def _connect(
         self,
         executor: int,
-        link: Link,
-        specs: Sequence[AttentionSpec],
-        share: tuple[int, int, int],
+        link: NativeLink,
+        share: Share,
+        on_plan: Callable[[], None] | None = None,
     ) -> None:
-        """`share`: head units [start, stop) of how many."""
-        whole = self._model.attention_specs
         self.ends.append(
             ExecutorEnd(
                 executor,
                 link,
-                specs,
-                [slice(*query_head_range(spec, *share)) for spec in whole],
-                [slice(*kv_head_range(spec, *share)) for spec in whole],
+                self._model.attention_specs,
+                share,
                 dtype=self._model.dtype,
                 max_rows=self._config.max_num_batched_tokens,
                 max_spans=self._config.max_num_seqs,
+                on_plan=on_plan,
             )
         )
         with self._lock:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lamina.attention import executor as executor_module
 from lamina.attention.executor import AttentionExecutor
 from lamina.errors import CapacityError, ProtocolMismatch
 from lamina.types import ExecutorPlan
@@ -147,26 +146,6 @@ def test_the_callers_buffers_may_be_reused_after_finish() -> None:
         run_step(executor, decode, layers), run_step(careful, decode, layers), strict=True
     ):
         assert torch.equal(got, want)
-
-
-def test_the_schedule_is_made_once_per_step_and_kind_of_layer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    made = []
-    real = executor_module.make_schedule
-
-    def counting(*args: object, **kwargs: object) -> object:
-        made.append(kwargs)
-        return real(*args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(executor_module, "make_schedule", counting)
-    plan = plan_of((1, 9, 0), (2, 1, 0))
-    run_step(make_executor(), plan, rows_for(plan))
-    assert [(call["window"], call["explicit_masks"]) for call in made] == [
-        (None, False),
-        (3, False),
-        (3, True),
-    ]
 
 
 def test_finish_without_q_is_a_broken_invariant() -> None:

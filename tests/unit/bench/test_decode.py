@@ -31,19 +31,23 @@ class FakeSubject:
         self.prompts = prompts
         return self._prefill_s
 
-    def decode(self, num_steps: int) -> float:
-        return next(self._decode_s)
+    def decode(self, num_steps: int) -> list[float]:
+        return [next(self._decode_s) / num_steps] * num_steps
+
+    def phases(self) -> dict[str, float]:
+        return {}
 
 
 def test_speeds_and_ratios_are_medians_over_turns() -> None:
     fast, base = FakeSubject("fast", 2.0, [1.0, 2.0, 4.0]), FakeSubject("base", 4.0, [4.0] * 3)
     subjects: Any = [fast, base]
     first, second = measure(subjects, batch=2, context=3, turns=3, steps_per_turn=10, vocab_size=50)
-    assert (first.tokens_per_s, first.tokens_per_s_low, first.tokens_per_s_high) == (10, 5, 20)
-    assert (first.ratio, first.ratio_low, first.ratio_high) == (2, 1, 4)
-    assert first.step_ms == 200
+    speeds = (first.tokens_per_s, first.tokens_per_s_low, first.tokens_per_s_high)
+    assert speeds == pytest.approx((10, 5, 20))
+    assert (first.ratio, first.ratio_low, first.ratio_high) == pytest.approx((2, 1, 4))
+    assert (first.tbt_ms, first.tbt_p99_ms) == pytest.approx((200, 400))
     assert first.prefill_tokens_per_s == 3
-    assert (second.ratio, second.prefill_tokens_per_s) == (1, 1.5)
+    assert (second.ratio, second.prefill_tokens_per_s) == pytest.approx((1, 1.5))
     assert fast.prompts == base.prompts
     assert [len(prompt) for prompt in fast.prompts] == [3, 3]
 
@@ -56,21 +60,27 @@ def tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny"
 
 
-def test_the_command_measures_deployments_beside_transformers(tiny_shape: str) -> None:
+def test_the_command_measures_deployments_beside_transformers(
+    tiny_shape: str, tmp_path: Path
+) -> None:
     result = CliRunner().invoke(
         app,
         ["bench", "decode", "--shape", tiny_shape, "--batch", "2", "--context", "40", "--turns",
-         "2", "--steps", "3", "--attention-workers", "0,1", "--threads", "1", "--json"],
+         "2", "--steps", "3", "--attention-workers", "0,1", "--threads", "1", "--transport",
+         "shm,tcp", "--json", "-", "--plot", str(tmp_path / "decode.svg")],
         catch_exceptions=False,
     )  # fmt: skip
     figures = json.loads(result.stdout)
     assert [figure["subject"] for figure in figures] == [
         "lamina, monolithic",
-        "lamina, 1 remote",
+        "lamina, 1 remote over shm",
+        "lamina, 1 remote over tcp",
         "transformers",
     ]
     assert all(figure["tokens_per_s"] > 0 for figure in figures)
     assert figures[-1]["ratio"] == 1
+    assert figures[0]["phases_ms"]["slices"] > 0
+    assert (tmp_path / "decode.svg").read_text().startswith("<?xml")
 
 
 def test_a_subject_that_cannot_start_is_an_error(tmp_path: Path) -> None:

@@ -133,6 +133,11 @@ def test_bytes_per_page_counts_every_layers_own_heads_and_sizes() -> None:
             scale=1.0,
         )
 
-    assert bytes_per_page((spec(0, 2, 4, 4), spec(1, 8, 6, 4)), page_tokens=16, itemsize=2) == (
-        16 * 2 * (2 * 8 + 8 * 10)
-    )
+    # Keys are padded to multiples of 4, values to multiples of 16, tokens of a page to 16.
+    specs = (spec(0, 2, 4, 16), spec(1, 8, 6, 40))
+    elements = 32 * (2 * (4 + 16) + 8 * (8 + 48))
+    assert bytes_per_page(specs, 32, "bfloat16") == 2 * elements
+    assert bytes_per_page(specs, 30, "bfloat16") == 2 * elements
+    assert bytes_per_page(specs, 32, "float32") == 4 * elements
+    # int8: one float32 per token and head for keys and for values.
+    assert bytes_per_page(specs, 32, "int8") == elements + 32 * (2 + 8) * 2 * 4

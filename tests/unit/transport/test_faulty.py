@@ -11,9 +11,9 @@ import torch
 
 from lamina.errors import DeadlineExceeded, PeerLost, ProtocolMismatch
 from lamina.transport.faulty import Fault, FaultyLink
+from lamina.transport.handshake import Listener
 from lamina.transport.inproc import inproc_pair
 from lamina.transport.mailbox import Inbox, Outbox
-from lamina.transport.tcp import TcpListener
 
 
 def soon(seconds: float = 5.0) -> float:
@@ -130,7 +130,7 @@ def test_empty_messages_survive_faults(setup: Setup) -> None:
 _KILLED = """
 import sys, time, torch
 from lamina.transport.faulty import Fault, FaultyLink
-from lamina.transport.tcp import connect
+from lamina.transport.handshake import connect
 link = FaultyLink(
     connect(sys.argv[1], b"s" * 32, "print", "child", time.monotonic() + 30),
     Fault(kind="kill", after=1),
@@ -142,7 +142,7 @@ for seq in (1, 2):
 
 
 def test_killed_by_its_own_fault() -> None:
-    listener = TcpListener()
+    listener = Listener()
     child = subprocess.Popen([sys.executable, "-c", _KILLED, listener.address])
     try:
         link = listener.accept({b"s" * 32: ("child", "print")}, soon(60))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 
 import pytest
 import torch
@@ -56,15 +58,7 @@ def test_post_into_a_full_mailbox_runs_the_other_end(doubler: Doubler) -> None:
     assert doubler.num_pumped == 4  # the last message but one is still viewed
 
 
-def test_one_part_is_handed_over_without_a_copy(doubler: Doubler) -> None:
-    question = torch.arange(4.0)
-    doubler.questions.post(1, question, deadline=soon())
-    view = doubler.inbox.wait(1, soon())
-    assert view.data_ptr() == question.data_ptr()
-    assert view.view(torch.float32).tolist() == [0, 1, 2, 3]
-
-
-def test_several_or_unaligned_parts_are_joined_in_the_slots(doubler: Doubler) -> None:
+def test_parts_are_joined_in_the_slots(doubler: Doubler) -> None:
     part = torch.arange(4.0)
     doubler.questions.post(1, part, part + 4, deadline=soon())
     assert doubler.inbox.wait(1, soon()).view(torch.float32).tolist() == list(range(8))
@@ -72,6 +66,31 @@ def test_several_or_unaligned_parts_are_joined_in_the_slots(doubler: Doubler) ->
     view = doubler.inbox.wait(2, soon())
     assert view.data_ptr() % 64 == 0
     assert view.view(torch.float32).tolist() == [1, 2, 3]
+
+
+def test_waiting_for_any_runs_the_other_end(doubler: Doubler) -> None:
+    doubler.questions.post(1, torch.ones(4), deadline=soon())
+    assert doubler.front.wait_any([(doubler.answers, 1)], soon()) == 0
+    assert doubler.answers.wait(1, soon(-1)).view(torch.float32).tolist() == [2.0] * 4
+    with pytest.raises(DeadlineExceeded):
+        doubler.link.wait_any([(doubler.inbox, 2)], soon(60))
+
+
+def test_any_error_of_the_pump_comes_through() -> None:
+    def pump() -> None:
+        raise ZeroDivisionError("of the other end")
+
+    front, _ = inproc_pair("a", "b", pump)
+    with pytest.raises(ZeroDivisionError, match="of the other end"):
+        front.inbox(1, 64).wait(1, soon())
+
+
+def test_a_pump_that_refers_to_its_link_is_collected() -> None:
+    doubler = Doubler()
+    alive = weakref.ref(doubler)
+    del doubler
+    gc.collect()
+    assert alive() is None
 
 
 def test_second_end_never_blocks(doubler: Doubler) -> None:

@@ -1,4 +1,4 @@
-"""Opening tcp links, and what only a wire can do wrong."""
+"""What only a wire can do wrong, and how tcp links take it."""
 
 from __future__ import annotations
 
@@ -7,162 +7,34 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from random import Random
 
 import pytest
-import torch
 
-from lamina.errors import ConfigError, DeadlineExceeded, PeerLost, ProtocolMismatch
-from lamina.transport.tcp import TcpListener, connect
-from lamina.transport.tcp_link import TcpLink
-from lamina.transport.wire import (
-    Hello,
-    pack_frame_header,
-    pack_hello,
-    parse_address,
-    unpack_welcome,
-)
+from lamina import _native
+from lamina.errors import DeadlineExceeded, PeerLost, ProtocolMismatch
+from lamina.transport.native import NativeLink
+from lamina.transport.wire import PROTOCOL_VERSION
 
-SECRET, OTHER = b"s" * 32, b"o" * 32
-EXPECTED = {SECRET: ("worker", "print"), OTHER: ("other", "print")}
+Raw = tuple[socket.socket, NativeLink]
 
 
 def soon(seconds: float = 5.0) -> float:
     return time.monotonic() + seconds
 
 
-@pytest.fixture
-def listener() -> Iterator[TcpListener]:
-    one = TcpListener()
-    yield one
-    one.close()
+def pack_frame_header(mailbox: int, seq: int, num_bytes: int) -> bytes:
+    return struct.pack("<4sHHQQ", b"LMNF", PROTOCOL_VERSION, mailbox, seq, num_bytes)
 
 
 @pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(4) as executor:
-        yield executor
-
-
-def raw_connection(listener: TcpListener, data: bytes = b"") -> socket.socket:
-    connection = socket.create_connection(parse_address(listener.address))
-    connection.sendall(data)
-    return connection
-
-
-def test_peers_are_told_apart_by_their_secrets(
-    listener: TcpListener, pool: ThreadPoolExecutor
-) -> None:
-    first = pool.submit(connect, listener.address, OTHER, "print", "x", soon())
-    accepted = listener.accept(EXPECTED, soon())
-    assert (accepted.peer, first.result().peer) == ("other", "engine")
-    second = pool.submit(connect, listener.address, SECRET, "print", "x", soon())
-    accepted_second = listener.accept(EXPECTED, soon())
-    assert accepted_second.peer == "worker"
-    for link in (accepted, accepted_second, first.result(), second.result()):
-        link.close()
-
-
-def test_a_secret_is_good_for_one_link(listener: TcpListener, pool: ThreadPoolExecutor) -> None:
-    first = pool.submit(connect, listener.address, SECRET, "print", "x", soon())
-    listener.accept(EXPECTED, soon()).close()
-    first.result().close()
-    again = pool.submit(connect, listener.address, SECRET, "print", "thief", soon())
-    with pytest.raises(ProtocolMismatch, match="thief presented a secret"):
-        listener.accept(EXPECTED, soon(0.3))
-    assert isinstance(again.exception(), ProtocolMismatch)
-
-
-def test_strangers_are_refused_and_the_right_one_still_gets_in(
-    listener: TcpListener, pool: ThreadPoolExecutor
-) -> None:
-    silent = raw_connection(listener)
-    gone = raw_connection(listener, pack_hello(Hello(SECRET, "print", "gone"))[:9])
-    gone.close()
-    web = raw_connection(listener, b"GET / HTTP/1.1\r\n\r\n")
-    old = raw_connection(listener, b"LMNH\x63\0")
-    wrong = pool.submit(connect, listener.address, b"x" * 32, "print", "wrong", soon())
-    slow = raw_connection(listener)
-    hello = pack_hello(Hello(SECRET, "print", "slow"))
-    slow.sendall(hello[:20])
-    accepting = pool.submit(listener.accept, EXPECTED, soon())
-    with pytest.raises(ProtocolMismatch, match=r"refused wrong: .*join over the control channel"):
-        wrong.result()
-    slow.sendall(hello[20:])
-    link = accepting.result()
-    assert link.peer == "worker"
-    for connection, reason in ((web, "not a Lamina peer"), (old, "protocol version 99")):
-        connection.settimeout(5)
-        received = bytearray()
-        while data := connection.recv(4096):
-            received += data
-        welcome = unpack_welcome(received, "p")
-        assert welcome is not None
-        assert not welcome.accepted
-        assert reason in welcome.text
-    link.close()
-    for connection in (silent, web, old, slow):
-        connection.close()
-
-
-def test_another_model_is_a_mismatch_on_both_sides(
-    listener: TcpListener, pool: ThreadPoolExecutor
-) -> None:
-    client = pool.submit(connect, listener.address, SECRET, "other print", "w", soon())
-    with pytest.raises(ProtocolMismatch, match="worker: has fingerprint other print, print is"):
-        listener.accept(EXPECTED, soon())
-    with pytest.raises(ProtocolMismatch, match="same model"):
-        client.result()
-
-
-def test_nobody_connects(listener: TcpListener) -> None:
-    with pytest.raises(DeadlineExceeded, match="worker, other: did not connect"):
-        listener.accept(EXPECTED, soon(0.05))
-
-
-def test_nobody_listens() -> None:
-    listener = TcpListener()
-    listener.close()
-    listener.close()
-    with pytest.raises(PeerLost, match="is it running"):
-        connect(listener.address, SECRET, "print", "w", soon())
-
-
-def test_nobody_answers(listener: TcpListener) -> None:
-    with pytest.raises(DeadlineExceeded, match="did not answer the hello"):
-        connect(listener.address, SECRET, "print", "w", soon(0.1))
-
-
-@pytest.mark.parametrize(
-    ("answer", "error"), [(b"HTTP/1.1 400\r\n", ProtocolMismatch), (b"", PeerLost)]
-)
-def test_something_else_listens(
-    pool: ThreadPoolExecutor, answer: bytes, error: type[Exception]
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        client = pool.submit(connect, f"127.0.0.1:{port}", SECRET, "print", "w", soon())
-        connection, _ = server.accept()
-        with connection:
-            connection.recv(4096)
-            connection.sendall(answer)
-    assert isinstance(client.exception(), error)
-
-
-def test_bad_addresses(listener: TcpListener) -> None:
-    with pytest.raises(ConfigError, match="choose another address"):
-        TcpListener("127.0.0.1", parse_address(listener.address)[1])
-    with pytest.raises(ConfigError, match="unknown host"):
-        connect("no.such.host.invalid:1", SECRET, "print", "w", soon())
-
-
-@pytest.fixture
-def raw() -> Iterator[tuple[socket.socket, TcpLink]]:
+def raw() -> Iterator[tuple[socket.socket, NativeLink]]:
     """A socket that writes bytes of its choice, and the link that reads them."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         ours = socket.create_connection(server.getsockname())
         theirs, _ = server.accept()
-    link = TcpLink(theirs, "peer")
+    link = NativeLink(_native.TcpLink(theirs.detach(), "peer", PROTOCOL_VERSION, 1e-3))
     yield ours, link
     ours.close()
     link.close()
@@ -179,7 +51,7 @@ def raw() -> Iterator[tuple[socket.socket, TcpLink]]:
         (pack_frame_header(1, 5, 0) + pack_frame_header(1, 5, 0), "numbers must increase"),
     ],
 )
-def test_nonsense_on_the_wire(raw: tuple[socket.socket, TcpLink], data: bytes, reason: str) -> None:
+def test_nonsense_on_the_wire(raw: Raw, data: bytes, reason: str) -> None:
     ours, link = raw
     inbox = link.inbox(1, 64)
     ours.sendall(data)
@@ -192,7 +64,7 @@ def test_nonsense_on_the_wire(raw: tuple[socket.socket, TcpLink], data: bytes, r
         assert ours.recv(1) == b""
 
 
-def test_end_in_the_middle_of_a_message(raw: tuple[socket.socket, TcpLink]) -> None:
+def test_end_in_the_middle_of_a_message(raw: Raw) -> None:
     ours, link = raw
     inbox = link.inbox(1, 64)
     ours.sendall(pack_frame_header(1, 1, 10) + b"12345")
@@ -202,9 +74,7 @@ def test_end_in_the_middle_of_a_message(raw: tuple[socket.socket, TcpLink]) -> N
 
 
 @pytest.mark.parametrize("piece", [1, 7, 24, 25, 1000])
-def test_messages_arrive_in_pieces_between_deadlines(
-    raw: tuple[socket.socket, TcpLink], piece: int, pool: ThreadPoolExecutor
-) -> None:
+def test_messages_arrive_in_pieces_between_deadlines(raw: Raw, piece: int) -> None:
     """A wait that gave up in the middle of a frame has lost nothing."""
     ours, link = raw
     boxes = {m: link.inbox(m, 64) for m in (1, 2)}
@@ -234,7 +104,7 @@ def test_messages_arrive_in_pieces_between_deadlines(
 
 
 def test_other_mailboxes_messages_do_not_disturb_a_wait_that_knows_its_length(
-    raw: tuple[socket.socket, TcpLink],
+    raw: Raw,
 ) -> None:
     """Short and long messages of another mailbox in front of the wanted one, all there at once."""
     ours, link = raw
@@ -249,21 +119,36 @@ def test_other_mailboxes_messages_do_not_disturb_a_wait_that_knows_its_length(
         assert bytes(second.wait(n, soon(), num_bytes=sizes[1]).tolist()) == b"b" * sizes[1]
 
 
-def test_a_full_mailbox_pushes_back(raw: tuple[socket.socket, TcpLink]) -> None:
-    """While two messages are unread, a third stays in the socket, however often the link reads."""
+def test_a_full_mailbox_pushes_back(raw: Raw) -> None:
+    """While two messages are unread, a third stays outside, however often the link reads."""
     ours, link = raw
-    inbox, outbox = link.inbox(1, 64), link.outbox(2, 8 << 20)
+    inbox, answers = link.inbox(1, 4096), link.inbox(2, 64)
     for n in range(1, 6):
+        ours.sendall(pack_frame_header(1, n, 4096) + bytes([n]) * 4096)
+    assert link.wait_any([(inbox, 1)], soon()) == 0
+    first = inbox.wait(1, soon())
+    for _ in range(10):
+        with contextlib.suppress(DeadlineExceeded):
+            link.wait_any([(inbox, 1000)], soon(-1))
+        assert first.tolist() == [1] * 4096
+    with pytest.raises(ProtocolMismatch, match="message 2 of mailbox 1 can no longer come"):
+        inbox.wait(2, soon())
+    with pytest.raises(ProtocolMismatch):
+        answers.wait(1, soon())
+
+
+def test_a_message_that_nobody_makes_room_for(raw: Raw) -> None:
+    ours, link = raw
+    link.inbox(1, 64)
+    answers = link.inbox(2, 64)
+    for n in range(1, 4):
         ours.sendall(pack_frame_header(1, n, 64) + bytes([n]) * 64)
-    ours.setblocking(False)
-    with pytest.raises(DeadlineExceeded):  # reads what comes while it cannot write
-        outbox.post(1, torch.zeros(8 << 20, dtype=torch.uint8), deadline=soon(0.1))
-    assert [int(payload[0]) for _, payload in link._boxes[1]._unread] == [1, 2]
-    with pytest.raises(PeerLost):
-        inbox.wait(1, soon())
+    ours.sendall(pack_frame_header(2, 1, 0))
+    with pytest.raises(ProtocolMismatch, match="two messages before it are still unread"):
+        answers.wait(1, soon())
 
 
-def test_links_do_not_copy_on_the_way_in(raw: tuple[socket.socket, TcpLink]) -> None:
+def test_links_do_not_copy_on_the_way_in(raw: Raw) -> None:
     """Two slots, used in turn, for ever."""
     ours, link = raw
     inbox = link.inbox(1, 64)
@@ -273,3 +158,27 @@ def test_links_do_not_copy_on_the_way_in(raw: tuple[socket.socket, TcpLink]) -> 
         addresses.append(inbox.wait(n, soon()).data_ptr())
     assert len(set(addresses)) == 2
     assert addresses[::2] == addresses[:1] * 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_wrong_expectations_of_what_comes_next_lose_nothing(raw: Raw, seed: int) -> None:
+    """Large and small frames of two mailboxes in any order, in pieces of any length."""
+    ours, link = raw
+    random = Random(seed)
+    boxes = {m: link.inbox(m, 65536) for m in (1, 2)}
+    for round_number in range(1, 60):
+        lengths = {m: random.choice([0, 10, 4096, 5000, 30_000, 65_536]) for m in (1, 2)}
+        order = random.sample([1, 2], 2)
+        stream = b"".join(
+            pack_frame_header(m, round_number, lengths[m])
+            + bytes([(round_number + m) % 251]) * lengths[m]
+            for m in order
+        )
+        cuts = sorted(random.choices(range(len(stream) + 1), k=random.choice([0, 1, 3])))
+        for begin, end in pairwise([0, *cuts, len(stream)]):
+            ours.sendall(stream[begin:end])
+            with contextlib.suppress(DeadlineExceeded):
+                link.wait_any([(boxes[random.choice([1, 2])], round_number)], soon(-1))
+        for m in random.sample([1, 2], 2):
+            view = boxes[m].wait(round_number, soon(), num_bytes=lengths[m])
+            assert bytes(view.numpy()) == bytes([(round_number + m) % 251]) * lengths[m]

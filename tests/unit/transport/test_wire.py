@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -14,11 +15,9 @@ from lamina.attention.spec import AttentionSpec
 from lamina.errors import ConfigError, ProtocolMismatch
 from lamina.transport import wire
 from lamina.transport.wire import (
-    FRAME_BYTES,
     MAX_TEXT_BYTES,
     WELCOME_BYTES,
     Assign,
-    FrameHeader,
     Hello,
     IntegrityReply,
     Join,
@@ -43,7 +42,8 @@ ASSIGN = st.builds(
     sinks=st.lists(st.none() | st.binary(max_size=64), max_size=4).map(tuple),
     dtype=TEXT, num_pages=U64, page_tokens=U16, max_rows=U16,
     max_spans=U16, tensor_address=TEXT, secret=st.binary(max_size=64),
-    fingerprint=TEXT, step_deadline_s=st.floats(0, 1e9),
+    fingerprint=TEXT, step_deadline_s=st.floats(0, 1e9), busy_poll_s=st.floats(0, 1),
+    kv_cache_dtype=st.sampled_from(["auto", "int8"]),
 )  # fmt: skip
 JOIN = st.builds(Join, name=TEXT, pid=U64, host=TEXT, device=TEXT, memory_bytes=U64,
                  num_threads=U16, protocol_version=U16)  # fmt: skip
@@ -54,13 +54,6 @@ INTEGRITY = st.builds(
 CONTROL = (
     ASSIGN | INTEGRITY | st.builds(JoinRequest, TEXT, JOIN) | st.builds(WorkerError, TEXT, TEXT)
 )
-
-
-@given(U16, U64, U64)
-def test_frame_headers_round_trip(mailbox: int, seq: int, num_bytes: int) -> None:
-    packed = wire.pack_frame_header(mailbox, seq, num_bytes)
-    assert len(packed) == FRAME_BYTES
-    assert wire.unpack_frame_header(packed, "p") == FrameHeader(mailbox, seq, num_bytes)
 
 
 @given(st.binary(max_size=MAX_TEXT_BYTES), TEXT, TEXT, st.data())
@@ -102,12 +95,10 @@ def test_control_messages_round_trip(message: wire.ControlMessage, request: int)
     assert envelope == wire.Envelope(request, message)
 
 
-@given(st.binary(max_size=200), st.sampled_from([b"", b"LMNF", b"LMNH\x01\0", b"LMNW\x01\0"]))
+@given(st.binary(max_size=200), st.sampled_from([b"", b"LMNH\x01\0", b"LMNW\x01\0"]))
 def test_garbage_is_a_mismatch_and_nothing_else(garbage: bytes, prefix: bytes) -> None:
     data = prefix + garbage
-    for unpack in (
-        wire.unpack_hello, wire.unpack_welcome, wire.unpack_control, wire.unpack_frame_header,
-    ):  # fmt: skip
+    for unpack in (wire.unpack_hello, wire.unpack_welcome, wire.unpack_control):
         with contextlib.suppress(ProtocolMismatch):
             unpack(data, "p")
 
@@ -150,14 +141,11 @@ def test_bad_hellos_are_recognised_early(data: bytes) -> None:
         wire.unpack_hello(data, "p")
 
 
-@pytest.mark.parametrize("magic", [b"LMNH", b"LMNW", b"LMNF"])
-def test_other_versions_are_named(magic: bytes) -> None:
+@pytest.mark.parametrize(
+    ("magic", "unpack"), [(b"LMNH", wire.unpack_hello), (b"LMNW", wire.unpack_welcome)]
+)
+def test_other_versions_are_named(magic: bytes, unpack: Callable[[bytes, str], object]) -> None:
     data = struct.pack("<4sH", magic, 7)
-    unpack = {
-        b"LMNH": wire.unpack_hello,
-        b"LMNW": wire.unpack_welcome,
-        b"LMNF": lambda d, p: wire.unpack_frame_header(d.ljust(FRAME_BYTES, b"\0"), p),
-    }[magic]
     with pytest.raises(ProtocolMismatch, match=r"version 7, this side 1; run the same"):
         unpack(data, "p")
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import pytest
 
 from lamina.attention.spec import AttentionSpec
-from lamina.config import AttentionWorkerConfig, EngineConfig, parse_attention_workers, parse_bytes
+from lamina.config import (
+    AttentionWorkerConfig,
+    EngineConfig,
+    parse_attention_workers,
+    parse_bytes,
+    parse_cores,
+    parse_memory,
+)
 from lamina.errors import CapacityError, ConfigError
 from lamina.types import LOCAL
 from lamina.workers.deployment import Deployment, Machine, resolve
 
-MACHINE = Machine(num_cores=8, ram_bytes=2**30)
+MACHINE = Machine(cores=tuple(range(8)), ram_bytes=2**30)
 SPECS = tuple(
     AttentionSpec(
         layer=layer, num_query_heads=8, num_kv_heads=4, head_dim_k=16, head_dim_v=16, scale=0.25
@@ -25,7 +32,7 @@ PAGE_BYTES = 2 * 4 * 32 * PAGE * 2
 def deploy(limit: int | None = 256, **fields: object) -> Deployment:
     settings: dict[str, object] = {"model": "x", "block_size": PAGE, "max_num_batched_tokens": 64}
     config = EngineConfig(**(settings | fields))  # type: ignore[arg-type]
-    return resolve(config, SPECS, 2, limit, MACHINE)
+    return resolve(config, SPECS, "bfloat16", limit, MACHINE)
 
 
 def workers(count: int) -> tuple[AttentionWorkerConfig, ...]:
@@ -139,3 +146,40 @@ def test_wrong_worker_lists(text: str) -> None:
 def test_wrong_settings(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineConfig(model="x", **fields)  # type: ignore[arg-type]
+
+
+def test_a_fraction_of_the_memory_is_shared_by_the_workers() -> None:
+    share = 2 * 64 * PAGE_BYTES / 2**30
+    deployment = deploy(
+        attention_workers=workers(2),
+        attention_partition="requests",
+        attention_memory_fraction=share,
+    )
+    assert deployment.num_pages[1] == deployment.num_pages[2] == 64
+
+
+def test_cores_are_dealt_out_while_there_are_enough() -> None:
+    two = workers(2)
+    deployment = deploy(attention_workers=two, worker_cores=(4, 5, 6, 7), model_cores=(0, 1))
+    assert deployment.num_threads == 2
+    assert deployment.worker_num_threads == 2
+    assert deployment.worker_cores == {1: (4, 5), 2: (6, 7)}
+    shared = deploy(attention_workers=two, worker_cores=(7,), worker_num_threads=1)
+    assert shared.worker_cores == {1: (7,), 2: (7,)}
+
+
+def test_cores_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ConfigError, match="worker_cores names cores 8"):
+        deploy(worker_cores=(7, 8))
+
+
+def test_cores_and_memory_are_read_from_text() -> None:
+    assert parse_cores("0-2,7", "cores") == (0, 1, 2, 7)
+    for text in ("", "3-1", "a", "1,,2"):
+        with pytest.raises(ConfigError, match="cores must be a list of cores"):
+            parse_cores(text, "cores")
+    assert parse_memory("0.5", "memory") == 0.5
+    assert parse_memory("1", "memory") == 1.0
+    assert parse_memory("2GiB", "memory") == 2**31
+    with pytest.raises(ConfigError, match="memory must be a size"):
+        parse_memory("half", "memory")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -15,10 +15,10 @@ from lamina.attention.spec import AttentionSpec
 from lamina.errors import DeadlineExceeded, PeerLost, ProtocolMismatch, TransportError
 from lamina.transport.faulty import Fault, FaultyLink
 from lamina.transport.inproc import inproc_pair
-from lamina.transport.mailbox import Link
-from lamina.transport.topology import MailboxId, message_number
+from lamina.transport.native import NativeLink
+from lamina.transport.topology import PLAN_MAILBOX, message_number, plan_mailbox_bytes
 from lamina.types import LOCAL, Span, StepPlan
-from lamina.workers.routes import ExecutorEnd, Route
+from lamina.workers.routes import ExecutorEnd, Route, Share
 from lamina.workers.serving import ExecutorServer
 
 SPEC = AttentionSpec(
@@ -32,17 +32,20 @@ def make_executor(spec: AttentionSpec = SPEC) -> AttentionExecutor:
     return AttentionExecutor((spec,), (None,), dtype=torch.float32, num_pages=8, page_tokens=4)
 
 
-def make_end(executor: int, link: Link, kv_heads: slice = slice(0, 2)) -> ExecutorEnd:
-    spec = SPEC.shard(kv_heads.start, kv_heads.stop)
-    query_heads = slice(kv_heads.start * 2, kv_heads.stop * 2)
+def make_end(
+    executor: int,
+    link: NativeLink,
+    share: Share = (0, 1, 1),
+    on_plan: Callable[[], None] | None = None,
+) -> ExecutorEnd:
     return ExecutorEnd(
-        executor, link, (spec,), [query_heads], [kv_heads],
-        dtype=torch.float32, max_rows=MAX_ROWS, max_spans=4,
+        executor, link, (SPEC,), share,
+        dtype=torch.float32, max_rows=MAX_ROWS, max_spans=4, on_plan=on_plan,
     )  # fmt: skip
 
 
 def make_server(
-    link: Link, executor: AttentionExecutor, spec: AttentionSpec = SPEC
+    link: NativeLink, executor: AttentionExecutor, spec: AttentionSpec = SPEC
 ) -> ExecutorServer:
     return ExecutorServer(
         link, executor, (spec,), dtype=torch.float32, max_rows=MAX_ROWS, max_spans=4,
@@ -53,7 +56,7 @@ def make_server(
 class Serving:
     """An executor's server in a thread; its error, if any, is kept."""
 
-    def __init__(self, link: Link, spec: AttentionSpec = SPEC) -> None:
+    def __init__(self, link: NativeLink, spec: AttentionSpec = SPEC) -> None:
         self.executor = make_executor(spec)
         self.server = make_server(link, self.executor, spec)
         self.error: TransportError | None = None
@@ -64,22 +67,14 @@ class Serving:
     def _run(self) -> None:
         while not self.stop:
             try:
-                self.server.begin_step(time.monotonic() + 0.01)
-            except DeadlineExceeded:
-                continue
-            except TransportError as error:
-                self.error = error
-                return
-            try:
-                while self.server.in_step:
-                    self.server.serve_layer()
+                self.server.serve(time.monotonic() + 0.01)
             except TransportError as error:
                 self.error = error
                 return
 
 
 @contextmanager
-def serving(link: Link, spec: AttentionSpec = SPEC) -> Iterator[Serving]:
+def serving(link: NativeLink, spec: AttentionSpec = SPEC) -> Iterator[Serving]:
     thread = Serving(link, spec)
     try:
         yield thread
@@ -90,9 +85,8 @@ def serving(link: Link, spec: AttentionSpec = SPEC) -> Iterator[Serving]:
 
 
 def post_plan(end: ExecutorEnd, plan: StepPlan) -> Route:
-    route = Route(end, plan)
-    route.post_plan(time.monotonic() + WAIT_S)
-    return route
+    end.post_plan(plan, time.monotonic() + WAIT_S)
+    return Route(end, plan)
 
 
 def tensors(num_rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -110,7 +104,7 @@ def exchange(
     deadline = time.monotonic() + wait_s
     route.post_q(0, number, qkv[0], deadline)
     route.post_kv(0, number, qkv[1], qkv[2], deadline)
-    return route.wait_out(0, number, deadline).clone()
+    return route.view_out(0, number, qkv[0].shape, deadline).clone()
 
 
 def prompt_plan(step: int = 1, rows: int = 5, executor: int = 1) -> StepPlan:
@@ -129,38 +123,36 @@ def test_rows_and_heads_go_to_their_executors_and_come_back() -> None:
     """Two executors with one KV head each; the rows of sequence 2 are only stored."""
     qkv = tensors(8)
     out = torch.zeros(8, 4, 8)
-    for executor, heads in ((1, slice(0, 1)), (2, slice(1, 2))):
+    for executor in (1, 2):
         ours, theirs = inproc_pair("engine", "worker")
         plan = StepPlan(
             1, 0,
             (Span(2, 3, 0, (LOCAL,), (LOCAL, 1, 2)), Span(1, 5, 0, (1, 2), (1, 2))),
         )  # fmt: skip
-        with serving(theirs, SPEC.shard(heads.start, heads.stop)) as worker:
-            end = make_end(executor, ours, heads)
+        with serving(theirs, SPEC.shard(0, 1)) as worker:
+            end = make_end(executor, ours, (executor - 1, executor, 2))
             route = post_plan(end, plan)
             number = message_number(1, 0, 1)
             deadline = time.monotonic() + WAIT_S
             route.post_q(0, number, qkv[0], deadline)
             route.post_kv(0, number, qkv[1], qkv[2], deadline)
-            route.place(0, route.wait_out(0, number, deadline), out)
+            route.collect_out(0, number, out, deadline)
             assert worker.executor.length(2) == 3
     torch.testing.assert_close(out[3:], expected(tuple(t[3:] for t in qkv)))
     assert not out[:3].any()
 
 
 def test_a_pumped_link_is_a_function_call() -> None:
-    ours, theirs = inproc_pair("engine", "local", lambda: server.pump())
+    ours, theirs = inproc_pair("engine", "local", lambda: server.loop.pump())
     executor = make_executor()
     server = make_server(theirs, executor)
-    end = make_end(LOCAL, ours)
+    end = make_end(LOCAL, ours, on_plan=server.take_plan)
     qkv = tensors(5)
     out = exchange(end, prompt_plan(executor=LOCAL), qkv)
     torch.testing.assert_close(out, expected(qkv))
     for step in range(2, 8):
         post_plan(end, StepPlan(step, 0, (), ((LOCAL, step),)))
     post_plan(end, StepPlan(8, 0, (), ((LOCAL, 1),)))
-    while server.num_plans < end.num_plans:
-        server.pump()
     assert executor.num_free_pages == executor.num_pages
 
 
@@ -206,10 +198,10 @@ def test_a_closed_connection_is_a_lost_peer() -> None:
 def test_a_plan_that_cannot_be_read_is_a_mismatch() -> None:
     ours, theirs = inproc_pair("engine", "worker")
     server = make_server(theirs, make_executor())
-    box = ours.outbox(MailboxId.PLAN, 64)
+    box = ours.outbox(PLAN_MAILBOX, plan_mailbox_bytes(4))
     box.post(1, torch.full((3,), 255, dtype=torch.uint8), deadline=time.monotonic() + 1)
     with pytest.raises(ProtocolMismatch, match="unreadable step plan"):
-        server.begin_step(time.monotonic() + 1)
+        server.serve(time.monotonic() + 1)
 
 
 def test_a_plan_on_unknown_tokens_is_a_mismatch() -> None:
@@ -219,3 +211,39 @@ def test_a_plan_on_unknown_tokens_is_a_mismatch() -> None:
         worker.thread.join(2.0)
         assert isinstance(worker.error, ProtocolMismatch)
         assert "sequence 9" in str(worker.error)
+
+
+def test_attention_over_cached_tokens_starts_before_k_and_v_are_there() -> None:
+    ours, theirs = inproc_pair("engine", "worker")
+    with serving(theirs) as worker:
+        end = make_end(1, ours)
+        exchange(end, prompt_plan(), tensors(5))
+        route = post_plan(end, StepPlan(2, 0, (Span(1, 1, 5, (1,), (1,)),)))
+        number = message_number(2, 0, 1)
+        deadline = time.monotonic() + 5.0
+        q, k, v = tensors(1)
+        route.post_q(0, number, q, deadline)
+        while worker.server.loop.times()[0] == 0.0 or len(worker.server.loop.events()) < 1:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        posted_at = time.monotonic()
+        route.post_kv(0, number, k, v, deadline)
+        route.view_out(0, number, q.shape, deadline)
+        while len(worker.server.loop.events()) < 2:
+            time.sleep(0.001)
+        seen, attend_begin, attend_end, finish_begin, finish_end = worker.server.loop.events()[-1]
+        assert seen == number
+        assert attend_begin <= attend_end < posted_at <= finish_begin <= finish_end
+
+
+def test_a_new_plan_replaces_a_step_that_was_given_up() -> None:
+    ours, theirs = inproc_pair("engine", "worker")
+    qkv = tensors(5)
+    with serving(theirs) as worker:
+        end = make_end(1, ours)
+        post_plan(end, prompt_plan())
+        route = post_plan(end, prompt_plan(step=2))
+        route.post_q(0, message_number(2, 0, 1), qkv[0], time.monotonic() + 1)
+        out = exchange(end, prompt_plan(step=3), qkv)
+        torch.testing.assert_close(out, expected(qkv))
+        assert worker.error is None

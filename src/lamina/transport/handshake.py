@@ -1,22 +1,29 @@
-"""The transport between machines: opening links over TCP (`tcp_link.py` runs them).
+"""Opening links between processes: over TCP, or over shared memory within one machine.
 
-The connecting side says hello, the listening side answers with a welcome (`wire.py`). The hello
-proves a one-time secret, issued over the control channel, and the fingerprint of the attention
-specs. Neither hello nor frames are encrypted: use this transport on networks that you trust.
+An address is `host:port`, whose links are tcp (`native/transport/tcp.h`), or `unix:@name`, a Unix
+socket without a file, whose links are shm (`native/transport/shm.h`). Either way the connecting
+side says hello and the listening side answers with a welcome (`wire.py`). The hello proves a
+one-time secret, issued over the control channel, and the fingerprint of the attention specs.
+Neither hello nor frames are encrypted: use tcp on networks that you trust.
 """
 
 from __future__ import annotations
 
 import hmac
 import logging
+import math
+import secrets
 import select
 import socket
+import struct
 import time
 from collections.abc import Mapping
 
+from lamina import _native
 from lamina.errors import ConfigError, DeadlineExceeded, PeerLost, ProtocolMismatch
-from lamina.transport.tcp_link import TcpLink, poll_ms
+from lamina.transport.native import NativeLink
 from lamina.transport.wire import (
+    PROTOCOL_VERSION,
     WELCOME_BYTES,
     Hello,
     Welcome,
@@ -35,38 +42,47 @@ _HELLO_TIMEOUT_S = 5.0
 _MAX_STRANGERS = 64
 """Connections that may be without a hello at the same time; the oldest is closed for one more."""
 _READ_BYTES = 4096
+_UNIX = "unix:@"
+_PEER_CREDENTIALS = struct.Struct("3i")
 
 
-class TcpListener:
+class Listener:
     """Accepts the tensor channels of peers that were told a secret. Used by one thread."""
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0, *, name: str = "engine") -> None:
-        """Listen at once, on a port that the system chooses if `port` is 0.
+    def __init__(
+        self,
+        address: str = "127.0.0.1:0",
+        *,
+        name: str = "engine",
+        busy_poll_s: float = _native.PACER_YIELD_S,
+    ) -> None:
+        """Listen at once.
 
         Args:
+            address: host:port (the system chooses port 0) for tcp links, or unix:@name for shm
+                links of this machine ("unix:@": a name is chosen).
             name: how the connecting sides call this one.
+            busy_poll_s: how long a wait of this side looks and yields the core before it sleeps.
 
         Raises:
             ConfigError: the address cannot be listened on.
         """
         self.name = name
+        self._busy_poll_s = busy_poll_s
         self._used_secrets: set[bytes] = set()
         self._strangers: dict[int, _Stranger] = {}
         try:
-            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-            self._socket = socket.create_server((host, port), family=family)
+            self._socket, self.address = _listen(address)
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {format_address(host, port)}: {error.strerror or error}; "
+                f"cannot listen on {address}: {error.strerror or error}; "
                 "choose another address or port 0"
             ) from error
         self._socket.setblocking(False)
-        self.address = format_address(host, self._socket.getsockname()[1])
-        """host:port, as `connect` takes it."""
         self._poller = select.poll()
         self._poller.register(self._socket, select.POLLIN)
 
-    def accept(self, expected: Mapping[bytes, tuple[str, str]], deadline: float) -> TcpLink:
+    def accept(self, expected: Mapping[bytes, tuple[str, str]], deadline: float) -> NativeLink:
         """Wait for one of the expected peers to connect and prove itself.
 
         Whoever else connects is told why not, and closed. May be called again after any error.
@@ -83,7 +99,7 @@ class TcpListener:
         refusal: ProtocolMismatch | None = None
         while True:
             wake_at = min([deadline, *(s.deadline for s in self._strangers.values())])
-            for descriptor, _ in self._poller.poll(poll_ms(wake_at)):
+            for descriptor, _ in self._poller.poll(_poll_ms(wake_at)):
                 if descriptor == self._socket.fileno():
                     self._let_in()
                     continue
@@ -139,7 +155,7 @@ class TcpListener:
         if len(self._strangers) >= _MAX_STRANGERS:
             self._dismiss(next(iter(self._strangers)), "too many connections without a hello")
         self._strangers[connection.fileno()] = _Stranger(
-            connection, format_address(*address[:2]), time.monotonic() + _HELLO_TIMEOUT_S
+            connection, _describe(connection, address), time.monotonic() + _HELLO_TIMEOUT_S
         )
         self._poller.register(connection, select.POLLIN)
 
@@ -155,7 +171,7 @@ class TcpListener:
             peer=stranger.name,
         )
 
-    def _welcome(self, descriptor: int, hello: Hello, name: str) -> TcpLink | None:
+    def _welcome(self, descriptor: int, hello: Hello, name: str) -> NativeLink | None:
         connection = self._forget(descriptor)
         try:
             connection.sendall(pack_welcome(Welcome(True, self.name)))
@@ -163,7 +179,7 @@ class TcpListener:
             connection.close()
             return None
         self._used_secrets.add(hello.secret)
-        return TcpLink(connection, name)
+        return _open_link(connection, name, self._busy_poll_s)
 
     def _dismiss(self, descriptor: int, reason: str) -> None:
         connection = self._forget(descriptor)
@@ -196,24 +212,32 @@ class _Stranger:
         return unpack_hello(self._received, self.name)
 
 
-def connect(address: str, secret: bytes, fingerprint: str, name: str, deadline: float) -> TcpLink:
-    """Open a link to a `TcpListener` and prove to be the peer it expects.
+def connect(
+    address: str,
+    secret: bytes,
+    fingerprint: str,
+    name: str,
+    deadline: float,
+    *,
+    busy_poll_s: float = _native.PACER_YIELD_S,
+) -> NativeLink:
+    """Open a link to a `Listener` and prove to be the peer it expects.
 
     Args:
-        address: host:port of the listener.
+        address: of the listener: host:port (tcp) or unix:@name (shm).
         secret, fingerprint: as the listener expects them.
         name: this side's name, for the listener's messages.
         deadline: `time.monotonic()` after which the call gives up.
+        busy_poll_s: how long a wait of this side looks and yields the core before it sleeps.
 
     Raises:
         ConfigError: no such address. PeerLost: nobody listens, or the listener hung up.
         ProtocolMismatch: the listener refused; the message is its reason.
         DeadlineExceeded: no answer in time.
     """
-    host, port = parse_address(address)
     hello = pack_hello(Hello(secret, fingerprint, name))
     try:
-        connection = socket.create_connection((host, port), max(1e-3, deadline - time.monotonic()))
+        connection = _dial(address, max(1e-3, deadline - time.monotonic()))
     except TimeoutError as error:
         raise DeadlineExceeded("did not accept a connection in time", peer=address) from error
     except socket.gaierror as error:
@@ -239,7 +263,7 @@ def connect(address: str, secret: bytes, fingerprint: str, name: str, deadline: 
     if not welcome.accepted:
         connection.close()
         raise ProtocolMismatch(f"refused {name}: {welcome.text}", peer=address)
-    return TcpLink(connection, welcome.text)
+    return _open_link(connection, welcome.text, busy_poll_s)
 
 
 def _read_welcome(connection: socket.socket, address: str, deadline: float) -> Welcome:
@@ -251,3 +275,58 @@ def _read_welcome(connection: socket.socket, address: str, deadline: float) -> W
             raise PeerLost("hung up before its welcome", peer=address)
         received += data
     return welcome
+
+
+def _listen(address: str) -> tuple[socket.socket, str]:
+    """A listening socket and its address in full."""
+    if address.startswith(_UNIX):
+        if address == _UNIX:
+            address += f"lamina-{secrets.token_hex(8)}"
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listening.bind("\0" + address.removeprefix(_UNIX))
+            listening.listen()
+        except OSError:
+            listening.close()
+            raise
+        return listening, address
+    host, port = parse_address(address)
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    listening = socket.create_server((host, port), family=family)
+    return listening, format_address(host, listening.getsockname()[1])
+
+
+def _dial(address: str, timeout_s: float) -> socket.socket:
+    """A connected socket. OSError: the address cannot be reached."""
+    if not address.startswith(_UNIX):
+        return socket.create_connection(parse_address(address), timeout_s)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(timeout_s)
+        connection.connect("\0" + address.removeprefix(_UNIX))
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+def _open_link(connection: socket.socket, peer: str, busy_poll_s: float) -> NativeLink:
+    """Hand the connection over to the native link that its kind of socket stands for."""
+    is_local = connection.family == socket.AF_UNIX
+    descriptor = connection.detach()
+    if is_local:
+        return NativeLink(_native.ShmLink(descriptor, peer, busy_poll_s))
+    return NativeLink(_native.TcpLink(descriptor, peer, PROTOCOL_VERSION, busy_poll_s))
+
+
+def _describe(connection: socket.socket, address: tuple[str, int]) -> str:
+    """Who connected: host:port, or the process at the other end of a Unix socket."""
+    if connection.family != socket.AF_UNIX:
+        return format_address(*address[:2])
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    return f"process {_PEER_CREDENTIALS.unpack(data)[0]}"
+
+
+def _poll_ms(deadline: float) -> int:
+    """Milliseconds until `deadline`, rounded up, for `poll`; 0 when it has passed."""
+    return max(0, math.ceil((deadline - time.monotonic()) * 1000))

@@ -1,0 +1,14 @@
+// One function per folder adds its classes to the module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace lamina {
+
+void bind_core(nanobind::module_& module);
+void bind_attention(nanobind::module_& module);
+void bind_transport(nanobind::module_& module);
+void bind_worker(nanobind::module_& module);
+void bind_dense(nanobind::module_& module);
+
+}  // namespace lamina

@@ -1,0 +1,18 @@
+"""`lamina bench`: measurements as commands, one file each."""
+
+from __future__ import annotations
+
+import typer
+
+from lamina.cli.bench import decode, hop
+
+app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+
+
+@app.callback()
+def bench() -> None:
+    """Measure this machine."""
+
+
+app.command()(decode.decode)
+app.command()(hop.hop)
