@@ -17,6 +17,8 @@ from rows import Row
 OURS = "lamina-"
 """Prefix of our deployments' names; everything else is a peer."""
 MONOLITH = "lamina-local"
+DISTURBED_CORES = 0.1
+"""Other processes that use more than this make a figure worthless: peers' threads spin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +46,26 @@ class Result:
     high: float
     turns: tuple[float, ...]
     """Tokens per second of every turn."""
+    foreign_cores: float
+    """Cores that other processes (or the hypervisor) used during its turns, on average."""
     to_best_peer: Ratio | None
     """To the peer with the highest median in this row; None without peers."""
     to_monolith: Ratio | None
     """Of our other deployments to the monolithic one."""
 
 
-def record(row: Row, tokens: int, seconds: Mapping[str, Sequence[float]]) -> list[Result]:
+def record(
+    row: Row,
+    tokens: int,
+    seconds: Mapping[str, Sequence[float]],
+    foreign_cores: Mapping[str, Sequence[float]],
+) -> list[Result]:
     """The figures of one row.
 
     Args:
         tokens: that every subject computed in one turn.
         seconds: of every turn, by subject; equally many for all.
+        foreign_cores: busy with something else in every turn, by subject.
     """
     speeds = {name: [tokens / value for value in values] for name, values in seconds.items()}
     medians = {name: statistics.median(values) for name, values in speeds.items()}
@@ -74,6 +84,7 @@ def record(row: Row, tokens: int, seconds: Mapping[str, Sequence[float]]) -> lis
             low=min(values),
             high=max(values),
             turns=tuple(values),
+            foreign_cores=statistics.mean(foreign_cores[name]),
             to_best_peer=ratio(name, best) if best else None,
             to_monolith=ratio(name, MONOLITH)
             if MONOLITH in speeds and name.startswith(OURS) and name != MONOLITH
@@ -107,6 +118,14 @@ def print_table(results: Sequence[Result], versions: Mapping[str, str], threads:
     console = Console()
     console = Console(width=max(console.width, 110))
     console.print(table)
+    disturbed = [result for result in results if result.foreign_cores > DISTURBED_CORES]
+    if disturbed:
+        worst = max(disturbed, key=lambda result: result.foreign_cores)
+        console.print(
+            f"DISTURBED: {len(disturbed)} of {len(results)} figures; other processes used up to "
+            f"{worst.foreign_cores:.1f} cores ({worst.row}, {worst.subject}). Measure again on an "
+            "idle machine."
+        )
     console.print(", ".join(f"{name} {version}" for name, version in versions.items()))
 
 

@@ -9,6 +9,7 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 
 from report import Result, print_table, record, write_json, write_plot
 from rows import DEFAULT_ROWS, Group, Row, group_rows, kv_bytes_per_token, parse_rows
-from subjects import LlamaCppSubject, ServedSubject, Subject, SubjectFailed
+from subjects import LlamaCppSubject, ServedSubject, Subject, SubjectFailed, machine_cpu_s
 
 from lamina.bench.options import parse_options
 from lamina.bench.shapes import SHAPES, write_shape
@@ -169,16 +170,27 @@ def measure(row: Row, subjects: Sequence[Subject], setting: Setting) -> list[Res
         else:
             subject.prefill(row, seed=0)
     seconds: dict[str, list[float]] = {subject.name: [] for subject in subjects}
+    foreign: dict[str, list[float]] = {subject.name: [] for subject in subjects}
     for turn in range(setting.turns):
         first = turn % len(subjects)
         for subject in (*subjects[first:], *subjects[:first]):
-            if row.kind == "decode":
-                value = subject.decode(setting.steps)
-            else:
-                value = subject.prefill(row, seed=turn + 1)
+            with watching(subject, foreign[subject.name]):
+                if row.kind == "decode":
+                    value = subject.decode(setting.steps)
+                else:
+                    value = subject.prefill(row, seed=turn + 1)
             seconds[subject.name].append(value)
     tokens = row.batch * (setting.steps if row.kind == "decode" else row.context)
-    return record(row, tokens, seconds)
+    return record(row, tokens, seconds, foreign)
+
+
+@contextmanager
+def watching(subject: Subject, foreign_cores: list[float]) -> Iterator[None]:
+    """Append how many cores anybody but the subject used meanwhile, on average."""
+    start, busy, own = time.perf_counter(), machine_cpu_s(), subject.cpu_s()
+    yield
+    busy, own = machine_cpu_s() - busy, subject.cpu_s() - own
+    foreign_cores.append(max(0.0, busy - own) / (time.perf_counter() - start))
 
 
 def log(text: str) -> None:

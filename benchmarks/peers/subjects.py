@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,9 @@ class Subject(Protocol):
     def decode(self, num_steps: int) -> float:
         """Generate `num_steps` more tokens of every sequence."""
 
+    def cpu_s(self) -> float:
+        """CPU seconds that its processes have used so far."""
+
     def close(self) -> None:
         """End its processes."""
 
@@ -50,6 +54,13 @@ def group_cpu_s(group: int) -> float:
                 if int(fields[2]) == group:
                     ticks += int(fields[11]) + int(fields[12])
     return ticks / _TICKS_PER_S
+
+
+def machine_cpu_s() -> float:
+    """Seconds that all cores together were busy (or taken by the hypervisor) since the boot."""
+    fields = [int(text) for text in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    user, nice, system, _idle, _wait, interrupt, soft_interrupt, steal = fields
+    return (user + nice + system + interrupt + soft_interrupt + steal) / _TICKS_PER_S
 
 
 class ServedSubject:
@@ -95,9 +106,8 @@ class ServedSubject:
             raise
         self._signal(signal.SIGSTOP)
 
-    @property
-    def process_group(self) -> int:
-        return self._process.pid
+    def cpu_s(self) -> float:
+        return group_cpu_s(self._process.pid)
 
     def prefill(self, row: Row, seed: int) -> float:
         return float(self._call("prefill", row.batch, row.context, self._vocab_size, seed))
@@ -183,6 +193,10 @@ class LlamaCppSubject:
         seconds = self._run(self._batch, self._length + num_steps + 1, lengths)[1]
         self._length += num_steps
         return seconds
+
+    def cpu_s(self) -> float:
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)  # those that have ended
+        return children.ru_utime + children.ru_stime
 
     def close(self) -> None:
         """Nothing runs between turns."""
