@@ -1,5 +1,7 @@
 #include "transport/slots.h"
 
+#include <stdexcept>
+
 namespace lamina {
 
 namespace {
@@ -34,6 +36,13 @@ void check_message(uint16_t mailbox, size_t capacity_bytes, uint64_t seq, uint64
                            "mailbox " + to_string(mailbox) + " got message " + to_string(seq) +
                                " after " + to_string(last_seq) + "; numbers must increase",
                            peer);
+  }
+}
+
+void check_number(uint16_t mailbox, bool exists) {
+  if (mailbox == 0) throw std::invalid_argument("mailboxes are numbered from 1");
+  if (exists) {
+    throw std::invalid_argument("mailbox " + std::to_string(mailbox) + " exists already");
   }
 }
 

@@ -126,6 +126,9 @@ class SlotReader {
 void check_message(uint16_t mailbox, size_t capacity_bytes, uint64_t seq, uint64_t num_bytes,
                    bool is_first, uint64_t last_seq, const std::string& peer);
 
+/// Throws std::invalid_argument unless `mailbox` is a number that a new mailbox may have.
+void check_number(uint16_t mailbox, bool exists);
+
 /// An inbox whose messages lie in a `SlotMemory`.
 class SlotInbox : public Inbox {
  public:
