@@ -52,7 +52,8 @@ void SlotWriter::check(uint64_t seq, size_t num_bytes, const std::string& peer) 
 }
 
 void SlotWriter::publish(uint64_t seq, size_t num_bytes) {
-  const uint64_t slot = next_index();
+  const uint64_t slot = choose();
+  chosen_.reset();
   SlotHeader& header = memory_.header();
   // The place of the message two before: it was read, or its slot would not be free.
   header.messages[num_posted_ % kNumSlots] = {seq, num_bytes, slot};
