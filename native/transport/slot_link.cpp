@@ -1,7 +1,6 @@
 #include "transport/slot_link.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 namespace lamina {
 
@@ -123,17 +122,13 @@ const std::function<void()>& SlotLink::pump() const {
 }
 
 Outbox& SlotLink::outbox(uint16_t mailbox, size_t capacity_bytes) {
-  if (outboxes_.contains(mailbox)) {
-    throw std::invalid_argument("outbox " + std::to_string(mailbox) + " exists already");
-  }
+  check_number(mailbox, outboxes_.contains(mailbox));
   auto box = std::make_unique<SlotOutbox>(*this, mailbox, capacity_bytes);
   return *(outboxes_[mailbox] = std::move(box));
 }
 
 Inbox& SlotLink::inbox(uint16_t mailbox, size_t capacity_bytes) {
-  if (inboxes_.contains(mailbox)) {
-    throw std::invalid_argument("mailbox " + std::to_string(mailbox) + " exists already");
-  }
+  check_number(mailbox, inboxes_.contains(mailbox));
   failure_.check();
   SlotReader reader(publish(mailbox, capacity_bytes), peer_);
   auto box = std::make_unique<SlotLinkInbox>(*this, std::move(reader));

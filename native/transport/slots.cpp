@@ -1,5 +1,7 @@
 #include "transport/slots.h"
 
+#include <stdexcept>
+
 namespace lamina {
 
 namespace {
@@ -37,13 +39,21 @@ void check_message(uint16_t mailbox, size_t capacity_bytes, uint64_t seq, uint64
   }
 }
 
+void check_number(uint16_t mailbox, bool exists) {
+  if (mailbox == 0) throw std::invalid_argument("mailboxes are numbered from 1");
+  if (exists) {
+    throw std::invalid_argument("mailbox " + std::to_string(mailbox) + " exists already");
+  }
+}
+
 void SlotWriter::check(uint64_t seq, size_t num_bytes, const std::string& peer) const {
   check_message(memory_.mailbox, memory_.capacity_bytes, seq, num_bytes, num_posted_ == 0,
                 last_seq_, peer);
 }
 
 void SlotWriter::publish(uint64_t seq, size_t num_bytes) {
-  const uint64_t slot = next_index();
+  const uint64_t slot = choose();
+  chosen_.reset();
   SlotHeader& header = memory_.header();
   // The place of the message two before: it was read, or its slot would not be free.
   header.messages[num_posted_ % kNumSlots] = {seq, num_bytes, slot};

@@ -64,8 +64,9 @@ class SlotWriter {
 
   bool has_room() const { return is_free(0) || is_free(1); }
 
-  /// Where the next message goes; needs `has_room`. The same until `publish`.
-  std::byte* next_slot() const { return memory_.slot(next_index()); }
+  /// Where the next message goes; needs `has_room`. The same until `publish`, even if the receiver
+  /// gives the other slot back meanwhile.
+  std::byte* next_slot() { return memory_.slot(choose()); }
 
   /// Throws ProtocolMismatch unless the message may be the next.
   void check(uint64_t seq, size_t num_bytes, const std::string& peer) const;
@@ -78,11 +79,15 @@ class SlotWriter {
   bool is_free(uint64_t slot) const {
     return memory_.header().num_freed[slot].load(std::memory_order_acquire) == num_used_[slot];
   }
-  uint64_t next_index() const { return is_free(turn_) ? turn_ : 1 - turn_; }
+  uint64_t choose() {
+    if (!chosen_) chosen_ = is_free(turn_) ? turn_ : 1 - turn_;
+    return *chosen_;
+  }
 
   SlotMemory memory_;
   uint64_t num_used_[kNumSlots] = {0, 0};
   uint64_t turn_ = 0;
+  std::optional<uint64_t> chosen_;
   uint64_t num_posted_ = 0;
   uint64_t last_seq_ = 0;
 };
@@ -125,6 +130,9 @@ class SlotReader {
 /// Throws ProtocolMismatch: what is said of a message larger than the mailbox, or out of turn.
 void check_message(uint16_t mailbox, size_t capacity_bytes, uint64_t seq, uint64_t num_bytes,
                    bool is_first, uint64_t last_seq, const std::string& peer);
+
+/// Throws std::invalid_argument unless `mailbox` is a number that a new mailbox may have.
+void check_number(uint16_t mailbox, bool exists);
 
 /// An inbox whose messages lie in a `SlotMemory`.
 class SlotInbox : public Inbox {

@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <stdexcept>
 
 #include "transport/tcp_boxes.h"
 
@@ -35,17 +34,13 @@ TcpLink::TcpLink(int fd, std::string peer, uint16_t version, double busy_poll_s)
 TcpLink::~TcpLink() { close(); }
 
 Outbox& TcpLink::outbox(uint16_t mailbox, size_t capacity_bytes) {
-  if (outboxes_.contains(mailbox)) {
-    throw std::invalid_argument("outbox " + std::to_string(mailbox) + " exists already");
-  }
+  check_number(mailbox, outboxes_.contains(mailbox));
   auto box = std::make_unique<TcpOutbox>(*this, mailbox, capacity_bytes);
   return *(outboxes_[mailbox] = std::move(box));
 }
 
 Inbox& TcpLink::inbox(uint16_t mailbox, size_t capacity_bytes) {
-  if (inboxes_.contains(mailbox)) {
-    throw std::invalid_argument("mailbox " + std::to_string(mailbox) + " exists already");
-  }
+  check_number(mailbox, inboxes_.contains(mailbox));
   SlotMemory memory{mailbox, capacity_bytes,
                     Memory::make_private(SlotMemory::num_bytes(capacity_bytes))};
   auto box = std::make_unique<TcpInbox>(*this, std::move(memory), peer_);

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from lamina.errors import PeerLost, ProtocolMismatch
+from lamina.errors import CapacityError, PeerLost, ProtocolMismatch
 from lamina.transport.mailbox import Inbox, Link, Outbox
 
 SIZE = 4096
@@ -27,6 +27,18 @@ def message(number: int, num_bytes: int = 64) -> torch.Tensor:
 
 def test_peers_know_each_others_names(pair: Pair) -> None:
     assert (pair[0].peer, pair[1].peer) == ("b", "a")
+
+
+def test_mailboxes_that_cannot_be_made(pair: Pair, box: tuple[Outbox, Inbox]) -> None:
+    a, b = pair
+    with pytest.raises(ValueError, match="exists already"):
+        b.inbox(1, SIZE)
+    with pytest.raises(ValueError, match="exists already"):
+        a.outbox(1, SIZE)
+    with pytest.raises(ValueError, match="from 1"):
+        a.inbox(0, SIZE)
+    with pytest.raises(CapacityError, match=r"bytes for a mailbox"):
+        a.inbox(3, 1 << 50)
 
 
 def test_payload_of_several_parts_arrives_byte_by_byte(box: tuple[Outbox, Inbox]) -> None:

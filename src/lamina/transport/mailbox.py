@@ -90,7 +90,11 @@ class Link(ABC):
 
     @abstractmethod
     def inbox(self, mailbox: int, capacity_bytes: int) -> Inbox:
-        """Create the receiving end of mailbox number `mailbox` and its memory."""
+        """Create the receiving end of mailbox number `mailbox` and its memory.
+
+        Raises:
+            CapacityError: the system has not that much.
+        """
 
     @abstractmethod
     def wait_any(self, awaited: Sequence[tuple[Inbox, int]], deadline: float) -> int:
