@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -253,7 +254,14 @@ def make_setting(arguments: argparse.Namespace) -> Setting:
     )
 
 
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end this process in order: stopped subjects cannot end themselves."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, frame: sys.exit(128 + received))
+
+
 def main() -> None:
+    end_on_signals()
     arguments = parse_arguments()
     results: list[Result] = []
     versions: dict[str, str] = {}

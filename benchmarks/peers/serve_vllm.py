@@ -53,13 +53,16 @@ class VllmSubject:
         self._step_until(1)
         return time.perf_counter() - start
 
-    def decode(self, num_steps: int) -> float:
-        """Counts whole steps of the batch: sequences may be a few tokens apart."""
-        wanted = sum(self._lengths.values()) + num_steps * len(self._lengths)
-        start = time.perf_counter()
-        while sum(self._lengths.values()) < wanted:
-            self._step()
-        return time.perf_counter() - start
+    def decode(self, num_steps: int) -> list[float]:
+        """A step ends when all sequences together have another token each."""
+        seconds = []
+        for _ in range(num_steps):
+            wanted = sum(self._lengths.values()) + len(self._lengths)
+            start = time.perf_counter()
+            while sum(self._lengths.values()) < wanted:
+                self._step()
+            seconds.append(time.perf_counter() - start)
+        return seconds
 
     def close(self) -> None:
         """Nothing outlives the process."""

@@ -23,8 +23,8 @@ class Subject(Protocol):
     def prefill(self, prompts: list[list[int]]) -> float:
         """Forget earlier prompts and compute these; returns seconds until each has one token."""
 
-    def decode(self, num_steps: int) -> float:
-        """Generate `num_steps` more tokens of every prompt; returns seconds."""
+    def decode(self, num_steps: int) -> list[float]:
+        """Generate `num_steps` more tokens of every prompt; returns seconds of each step."""
 
     def close(self) -> None:
         """Free what would outlive the process."""

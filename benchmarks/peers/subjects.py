@@ -110,15 +110,20 @@ class ServedSubject:
         return group_cpu_s(self._process.pid)
 
     def prefill(self, row: Row, seed: int) -> float:
-        return float(self._call("prefill", row.batch, row.context, self._vocab_size, seed))
+        seconds = self._call("prefill", row.batch, row.context, self._vocab_size, seed)
+        assert isinstance(seconds, float)
+        return seconds
 
     def prepare(self, row: Row, seed: int) -> None:
         self.prefill(row, seed)
 
     def decode(self, num_steps: int) -> float:
-        return float(self._call("decode", num_steps))
+        seconds = self._call("decode", num_steps)
+        assert isinstance(seconds, list), "one number per step"
+        return float(sum(seconds))
 
     def close(self) -> None:
+        """Blocks up to ten seconds; a subject in the middle of a turn is killed then."""
         self._signal(signal.SIGCONT)
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
@@ -129,14 +134,13 @@ class ServedSubject:
             os.killpg(self._process.pid, signal.SIGKILL)  # also helpers that it left behind
         self._process.wait()
 
-    def _call(self, method: str, *arguments: int) -> float:
+    def _call(self, method: str, *arguments: int) -> object:
         self._signal(signal.SIGCONT)
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps({"method": method, "arguments": arguments}) + "\n")
         result = self._receive()
         self._signal(signal.SIGSTOP)
-        assert isinstance(result, float)
         return result
 
     def _receive(self) -> object:
