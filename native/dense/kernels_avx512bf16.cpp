@@ -5,7 +5,7 @@
 namespace lamina::dense {
 namespace {
 
-constexpr int kStreamRows = 16;
+constexpr int kStreamRows = 8;
 constexpr int kTileRows = 12;
 constexpr int kTilePanels = 2;
 

@@ -22,7 +22,10 @@ namespace lamina::dense {
 namespace {
 
 constexpr int64_t kStepBytes = 64;
-constexpr int64_t kPrefetchBytes = 2048;
+/// How far ahead of the sums weights are fetched from memory (where few rows pass over them) and
+/// from the second level cache.
+constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kNearBytes = 1024;
 /// Inputs of a block of rows, which stay in the second level cache while all panels pass by.
 constexpr int64_t kBlockBytes = 384 << 10;
 
@@ -126,15 +129,24 @@ LAMINA_INLINE void finish(const LinearJob& job, int64_t row, int64_t panel, Vec 
   piece.store(job.out.at<E>(row), y);
 }
 
+/// What a tile fetches while it computes: the panels that come next, at an even pace over the tiles
+/// that share the present ones, so that memory is busy all the time. Null: its own panel.
+struct Ahead {
+  const char* begin;
+  int64_t step_bytes;
+};
+
 /// `kRows` rows times `kPanels` panels. With few results per step, several steps add up in
 /// registers of their own, so that additions do not wait for each other.
 template <typename E, int kRows, int kPanels>
-void tile(const LinearJob& job, const typename Dot<E>::Input* x, int64_t row, int64_t panel) {
+void tile(const LinearJob& job, const typename Dot<E>::Input* x, int64_t row, int64_t panel,
+          Ahead ahead) {
   constexpr int kSums = kRows * kPanels;
   constexpr int kUnroll = kSums >= 8 ? 1 : kSums >= 4 ? 2 : kSums >= 2 ? 4 : 8;
   const int64_t steps = num_steps<E>(job.num_inputs);
   const int64_t panel_bytes = steps * kStepBytes;
   const char* w = static_cast<const char*>(job.packed) + panel * panel_bytes;
+  const char* fetch = ahead.begin;
   Vec sums[kUnroll][kRows][kPanels] = {};
   int64_t step = 0;
   for (; step + kUnroll <= steps; step += kUnroll) {
@@ -142,7 +154,12 @@ void tile(const LinearJob& job, const typename Dot<E>::Input* x, int64_t row, in
     for (int u = 0; u < kUnroll; ++u) {
 #pragma GCC unroll 2
       for (int p = 0; p < kPanels; ++p) {
-        __builtin_prefetch(w + p * panel_bytes + u * kStepBytes + kPrefetchBytes);
+        if constexpr (kPanels == 1) {
+          __builtin_prefetch(w + u * kStepBytes + kPrefetchBytes);
+        } else {
+          __builtin_prefetch(w + p * panel_bytes + u * kStepBytes + kNearBytes);
+          __builtin_prefetch(fetch + p * ahead.step_bytes / kPanels, 0, 2);
+        }
         const auto weights = Dot<E>::weights(w + p * panel_bytes + u * kStepBytes);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
@@ -151,14 +168,21 @@ void tile(const LinearJob& job, const typename Dot<E>::Input* x, int64_t row, in
       }
     }
     w += kUnroll * kStepBytes;
+    fetch += kUnroll * ahead.step_bytes;
     x += kUnroll * kRows;
   }
-  for (; step < steps; ++step, w += kStepBytes, x += kRows) {
-    for (int p = 0; p < kPanels; ++p) {
-      const auto weights = Dot<E>::weights(w + p * panel_bytes);
-      for (int r = 0; r < kRows; ++r) sums[0][r][p] = Dot<E>::add(sums[0][r][p], weights, x[r]);
+  if constexpr (kUnroll > 1) {
+    for (; step < steps; ++step, w += kStepBytes, x += kRows) {
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) {
+        const auto weights = Dot<E>::weights(w + p * panel_bytes);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) sums[0][r][p] = Dot<E>::add(sums[0][r][p], weights, x[r]);
+      }
     }
   }
+  // The results leave their registers here: kept in them, they would crowd out the loop's.
+  Vec totals[kRows][kPanels];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
@@ -166,13 +190,19 @@ void tile(const LinearJob& job, const typename Dot<E>::Input* x, int64_t row, in
       Vec total = sums[0][r][p];
 #pragma GCC unroll 8
       for (int u = 1; u < kUnroll; ++u) total += sums[u][r][p];
-      finish<E>(job, row + r, panel + p, total);
+      totals[r][p] = total;
     }
+  }
+  __asm__ volatile("" : "+m"(totals));
+#pragma GCC unroll 1
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 1
+    for (int p = 0; p < kPanels; ++p) finish<E>(job, row + r, panel + p, totals[r][p]);
   }
 }
 
 template <typename E>
-using Tile = void (*)(const LinearJob&, const typename Dot<E>::Input*, int64_t, int64_t);
+using Tile = void (*)(const LinearJob&, const typename Dot<E>::Input*, int64_t, int64_t, Ahead);
 
 /// tiles()[r - 1] computes r rows.
 template <typename E, int kPanels, int... kRows>
@@ -183,9 +213,9 @@ constexpr std::array<Tile<E>, sizeof...(kRows)> tiles(std::integer_sequence<int,
 template <typename E>
 void linear(const LinearJob& job, int64_t row_begin, int64_t row_end, int64_t panel_begin,
             int64_t panel_end, void* scratch) {
-  static constexpr auto narrow = tiles<E, 1>(std::make_integer_sequence<int, kStreamRows>{});
+  static constexpr auto narrow =
+      tiles<E, 1>(std::make_integer_sequence<int, std::max(kStreamRows, kTileRows)>{});
   static constexpr auto wide = tiles<E, kTilePanels>(std::make_integer_sequence<int, kTileRows>{});
-  static_assert(kStreamRows >= kTileRows);
   using Input = typename Dot<E>::Input;
   Input* packed = static_cast<Input*>(scratch);
   const int64_t rows = row_end - row_begin;
@@ -194,7 +224,7 @@ void linear(const LinearJob& job, int64_t row_begin, int64_t row_end, int64_t pa
     if (rows == 0) return;
     pack_rows<E>(job, row_begin, rows, packed);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      narrow[rows - 1](job, packed, row_begin, panel);
+      narrow[rows - 1](job, packed, row_begin, panel, {});
     }
     return;
   }
@@ -213,9 +243,13 @@ void linear(const LinearJob& job, int64_t row_begin, int64_t row_end, int64_t pa
     }
     for (int64_t panel = panel_begin; panel < panel_end; panel += kTilePanels) {
       const auto& table = panel + kTilePanels <= panel_end ? wide.data() : narrow.data();
+      const char* next = static_cast<const char*>(job.packed) +
+                         (panel + kTilePanels) * steps * kStepBytes;
+      const int64_t step_bytes = kTilePanels * kStepBytes / (block_end - block);
       for (int64_t tile = block; tile < block_end; ++tile) {
+        const Ahead ahead{next + (tile - block) * steps * step_bytes, step_bytes};
         table[first_row(tile + 1) - first_row(tile) - 1](job, tile_of_block(tile),
-                                                         row_begin + first_row(tile), panel);
+                                                         row_begin + first_row(tile), panel, ahead);
       }
     }
   }
