@@ -6,7 +6,7 @@ namespace lamina::dense {
 namespace {
 
 constexpr int kStreamRows = 8;
-constexpr int kTileRows = 12;
+constexpr int kTileRows = 10;
 constexpr int kTilePanels = 2;
 
 }  // namespace
