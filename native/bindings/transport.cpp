@@ -31,9 +31,13 @@ void translate(const std::exception_ptr& pointer, void*) {
     const char* name = failure.kind == TransportFailure::Kind::peer_lost  ? "PeerLost"
                        : failure.kind == TransportFailure::Kind::deadline ? "DeadlineExceeded"
                                                                           : "ProtocolMismatch";
-    nb::object type = nb::module_::import_("lamina.errors").attr(name);
-    nb::object error = type(failure.what(), "peer"_a = failure.peer);
-    PyErr_SetObject(type.ptr(), error.ptr());
+    try {
+      nb::object type = nb::module_::import_("lamina.errors").attr(name);
+      nb::object error = type(failure.what(), "peer"_a = failure.peer);
+      PyErr_SetObject(type.ptr(), error.ptr());
+    } catch (nb::python_error& other) {  // a signal's, for one
+      other.restore();
+    }
   }
 }
 
