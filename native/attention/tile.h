@@ -57,17 +57,33 @@ template <int N, typename F>
   }(std::make_integer_sequence<int, N>{});
 }
 
-/// acc[R][C] += a [R][steps] * b [steps][C]. `ahead`: how far to prefetch, in bytes.
+/// Where to prefetch, relative to what is being read: in its first half of the steps, and in the
+/// second. The first half announces the second, and that the first half of what comes next.
+struct Ahead {
+  ptrdiff_t first, second;
+};
+
+/// For `steps` of `step_bytes` at `now`, after which `next` is read.
+inline Ahead ahead_of(const std::byte* now, const std::byte* next, int steps,
+                      ptrdiff_t step_bytes) {
+  const ptrdiff_t half = steps / 2 * step_bytes;
+  return {half, next - (now + half)};
+}
+
+/// acc[R][C] += a [R][steps] * b [steps][C].
 template <typename Math, Side side, int R, int C, bool kPrefetch>
 [[gnu::always_inline]] inline void multiply(const typename Math::Operand* a, ptrdiff_t a_stride,
                                             const std::byte* b, ptrdiff_t step_bytes,
-                                            ptrdiff_t column_bytes, int steps, ptrdiff_t ahead,
+                                            ptrdiff_t column_bytes, int steps, Ahead ahead,
                                             Vec (&acc)[R][C]) {
+  const int half = kPrefetch ? steps / 2 : steps;
+  ptrdiff_t distance = ahead.first;
   for (int step = 0; step < steps; ++step) {
+    if (kPrefetch && step == half) distance = ahead.second;
     typename Math::Column columns[C];
     unroll<C>([&](auto c) __attribute__((always_inline)) {
       columns[c] = Math::template load_column<side>(b + c * column_bytes);
-      if constexpr (kPrefetch) __builtin_prefetch(b + c * column_bytes + ahead, 0, 2);
+      if constexpr (kPrefetch) __builtin_prefetch(b + c * column_bytes + distance, 0, 2);
     });
     unroll<R>([&](auto r) __attribute__((always_inline)) {
       unroll<C>([&](auto c) __attribute__((always_inline)) {
@@ -86,7 +102,7 @@ struct ScoreTile {
   const std::byte* keys;
   ptrdiff_t step_bytes, column_bytes;
   int steps;
-  ptrdiff_t ahead;
+  Ahead ahead;
   float* scores;  // [lines][kBlockTokens]
 };
 
@@ -110,7 +126,7 @@ struct ValueTile {
   ptrdiff_t group_bytes;
   int steps;
   const std::byte* tail;  // one more group, or null
-  ptrdiff_t ahead;
+  Ahead ahead;
   const float* factors;  // [lines]
   float* acc;            // [lines][acc_stride]
   ptrdiff_t acc_stride;
@@ -129,7 +145,7 @@ void value_tile(const ValueTile<Math>& t) {
                                                 t.group_bytes, kColumnBytes, t.steps, t.ahead, acc);
   if (t.tail != nullptr) {
     multiply<Math, Side::values, R, C, false>(t.weights + t.steps * Math::kStep, t.weights_stride,
-                                              t.tail, 0, kColumnBytes, 1, 0, acc);
+                                              t.tail, 0, kColumnBytes, 1, {}, acc);
   }
   unroll<R>([&](auto r) {
     unroll<C>([&](auto c) { store(t.acc + r * t.acc_stride + c * kLanes, acc[r][c]); });
