@@ -108,40 +108,54 @@ class BlockWalk {
   int slot_;
 };
 
-template <typename Math, bool kPrefetch, int C>
-void score_lines(ScoreTile<Math> tile, int lines) {
-  int left = lines;
-  while (left > 0) {
-    const int tiles = (left + Math::kMaxLines - 1) / Math::kMaxLines;
-    const int take = (left + tiles - 1) / tiles;
+/// How many of the lines that are left the next tile takes.
+template <typename Math>
+int lines_of_tile(int left, bool is_first, bool few) {
+  // The first of few lines wait for memory; the fewer they are, the less is computed meanwhile.
+  if (is_first && few) return left < 2 ? left : 2;
+  const int tiles = (left + Math::kMaxLines - 1) / Math::kMaxLines;
+  return (left + tiles - 1) / tiles;
+}
+
+template <typename Math, int C>
+void score_lines(ScoreTile<Math> tile, int lines, const std::byte* next_end) {
+  const bool few = lines <= kFewLines;
+  for (int left = lines; left > 0;) {
+    const bool is_first = left == lines;
+    const int take = lines_of_tile<Math>(left, is_first, few);
+    const bool ahead = !is_first && tile.next < next_end;
     unroll<Math::kMaxLines>([&](auto r) {
-      if (take == r + 1) score_tile<Math, r + 1, C, kPrefetch>(tile);
+      constexpr int kLines = r + 1;
+      if (take != kLines) return;
+      if (ahead) {
+        score_tile<Math, kLines, C, Prefetch::next>(tile);
+        tile.next += tile.steps * lines_ahead(kLines, C) * kCacheLine;
+      } else if (kLines == 1 && is_first) {
+        score_tile<Math, kLines, C, kLines == 1 ? Prefetch::along : Prefetch::none>(tile);
+      } else {
+        score_tile<Math, kLines, C, Prefetch::none>(tile);
+      }
     });
     tile.q += take * tile.q_stride;
     tile.scores += take * kBlockTokens;
     left -= take;
-    if constexpr (kPrefetch) {
-      if (left > 0) return score_lines<Math, false, C>(tile, left);
-    }
   }
 }
 
-template <typename Math, bool kPrefetch>
-void multiply_keys(ScoreTile<Math> tile, int lines, int num_lane_blocks) {
+template <typename Math>
+void multiply_keys(ScoreTile<Math> tile, int lines, int num_lane_blocks,
+                   const std::byte* next_end) {
   constexpr int kColumns = Math::kMaxColumns < 4 ? Math::kMaxColumns : 4;
   while (num_lane_blocks > 0) {
     int take = 1;
     if (num_lane_blocks >= 4 && kColumns >= 4) {
       take = 4;
+      score_lines<Math, kColumns>(tile, lines, next_end);
     } else if (num_lane_blocks >= 2 && kColumns >= 2) {
       take = 2;
-    }
-    if (take == 4) {
-      score_lines<Math, kPrefetch, kColumns>(tile, lines);
-    } else if (take == 2) {
-      score_lines<Math, kPrefetch, (kColumns < 2 ? 1 : 2)>(tile, lines);
+      score_lines<Math, (kColumns < 2 ? 1 : 2)>(tile, lines, next_end);
     } else {
-      score_lines<Math, kPrefetch, 1>(tile, lines);
+      score_lines<Math, 1>(tile, lines, next_end);
     }
     tile.keys += take * tile.column_bytes;
     tile.scores += take * kLanes;
@@ -149,58 +163,50 @@ void multiply_keys(ScoreTile<Math> tile, int lines, int num_lane_blocks) {
   }
 }
 
-template <typename Math, int R, bool kPrefetch>
-void value_columns(ValueTile<Math> tile, int columns) {
+template <typename Math, int R, Prefetch kPrefetch>
+void value_columns(ValueTile<Math>& tile, int columns) {
   constexpr ptrdiff_t kColumnBytes = kLanes * Math::kStep * Math::kItemBytes;
   // As many columns as the registers hold, in powers of two.
   constexpr int kFit = Math::kMaxLines * Math::kMaxColumns / R;
   constexpr int kMost = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
-  const auto advance = [&](int take) {
-    tile.values += take * kColumnBytes;
-    if (tile.tail != nullptr) tile.tail += take * kColumnBytes;
-    tile.acc += take * kLanes;
-    columns -= take;
+  ValueTile<Math> part = tile;
+  const auto run = [&]<int C>(std::integral_constant<int, C>) {
+    value_tile<Math, R, C, kPrefetch>(part);
+    part.values += C * kColumnBytes;
+    if (part.tail != nullptr) part.tail += C * kColumnBytes;
+    part.acc += C * kLanes;
+    part.next += part.steps * lines_ahead(R, C) * kCacheLine;
+    columns -= C;
   };
-  while (columns >= kMost) {
-    value_tile<Math, R, kMost, kPrefetch>(tile);
-    advance(kMost);
-  }
-  if constexpr (kMost > 4) {
-    if (columns >= 4) {
-      value_tile<Math, R, 4, kPrefetch>(tile);
-      advance(4);
-    }
-  }
-  if constexpr (kMost > 2) {
-    if (columns >= 2) {
-      value_tile<Math, R, 2, kPrefetch>(tile);
-      advance(2);
-    }
-  }
-  if constexpr (kMost > 1) {
-    if (columns >= 1) value_tile<Math, R, 1, kPrefetch>(tile);
-  }
+  while (columns >= kMost) run(std::integral_constant<int, kMost>{});
+  if (kMost > 4 && columns >= 4) run(std::integral_constant<int, kMost < 4 ? kMost : 4>{});
+  if (kMost > 2 && columns >= 2) run(std::integral_constant<int, kMost < 2 ? kMost : 2>{});
+  if (kMost > 1 && columns >= 1) run(std::integral_constant<int, 1>{});
+  tile.next = part.next;
 }
 
-template <typename Math, bool kPrefetch>
-void multiply_values(ValueTile<Math> tile, int lines, int columns) {
-  // For few lines the values come from memory: read them front to back, eight columns at once.
-  constexpr int kWideLines = Math::kMaxLines * Math::kMaxColumns / 8;
-  const int most = lines <= kFewLines && kWideLines > 0 ? kWideLines : Math::kMaxLines;
-  int left = lines;
-  while (left > 0) {
-    const int tiles = (left + most - 1) / most;
-    const int take = (left + tiles - 1) / tiles;
+template <typename Math>
+void multiply_values(ValueTile<Math> tile, int lines, int columns, const std::byte* next_end) {
+  const bool few = lines <= kFewLines;
+  for (int left = lines; left > 0;) {
+    const bool is_first = left == lines;
+    const int take = lines_of_tile<Math>(left, is_first, few);
+    const bool ahead = !is_first && tile.next < next_end;
     unroll<Math::kMaxLines>([&](auto r) {
-      if (take == r + 1) value_columns<Math, r + 1, kPrefetch>(tile, columns);
+      constexpr int kLines = r + 1;
+      if (take != kLines) return;
+      if (ahead) {
+        value_columns<Math, kLines, Prefetch::next>(tile, columns);
+      } else if (kLines == 1 && is_first) {
+        value_columns<Math, kLines, kLines == 1 ? Prefetch::along : Prefetch::none>(tile, columns);
+      } else {
+        value_columns<Math, kLines, Prefetch::none>(tile, columns);
+      }
     });
     tile.weights += take * tile.weights_stride;
     tile.factors += take;
     tile.acc += take * tile.acc_stride;
     left -= take;
-    if constexpr (kPrefetch) {
-      if (left > 0) return multiply_values<Math, false>(tile, left, columns);
-    }
   }
 }
 
@@ -290,12 +296,12 @@ void attend(const AttendArgs& a) {
     for (int head = 0; head < num_heads; ++head) {
       const std::byte* keys = block.keys + head * k_head_bytes;
       const std::byte* then = head + 1 < num_heads ? keys + k_head_bytes : block.values;
-      multiply_keys<Math, true>(
+      multiply_keys<Math>(
           {q + (block.head + head) * lines * q_stride, q_stride, keys, key_step_bytes,
            static_cast<ptrdiff_t>(layout.k_column_bytes), key_steps,
-           ahead_of(keys, then, key_steps, key_step_bytes),
+           then,
            scratch.scores + head * lines * kBlockTokens},
-          lines, num_lane_blocks);
+          lines, num_lane_blocks, then + layout.k_head_bytes);
     }
 
     const bool all = first >= last_row_begin && block.stop_token <= first_row_end &&
@@ -361,7 +367,7 @@ void attend(const AttendArgs& a) {
                            group_bytes,
                            value_steps,
                            nullptr,
-                           ahead_of(values, then, value_steps, group_bytes),
+                           then,
                            scratch.factors + head * lines,
                            state_of(head).acc,
                            layout.dv_padded};
@@ -369,7 +375,7 @@ void attend(const AttendArgs& a) {
         tile.tail =
             masked_group<Math>(values + value_steps * group_bytes, rest, layout, scratch.tail);
       }
-      multiply_values<Math, true>(tile, lines, layout.dv_padded / kLanes);
+      multiply_values<Math>(tile, lines, layout.dv_padded / kLanes, then + layout.v_head_bytes);
     }
     block = next;
   }
