@@ -7,7 +7,7 @@
 namespace lamina {
 namespace {
 
-/// Where a token goes in its run.
+/// Where a token of the head goes.
 struct Slot {
   std::byte* key;     // its first P elements; the next ones follow every `key_step` bytes
   std::byte* value;   // its first element; the next ones follow every `value_step` bytes
@@ -15,16 +15,15 @@ struct Slot {
   float* v_scale;
 };
 
-Slot slot_of(const PagedRuns& runs, int64_t token, CacheType type) {
-  const RunLayout& layout = *runs.layout;
-  const auto slot = static_cast<size_t>(token % layout.page_tokens);
-  const auto pack = static_cast<size_t>(pack_tokens(type));
-  const size_t item = item_bytes(type);
-  std::byte* run = runs.run(token / layout.page_tokens);
-  return {run + layout.key_offset(static_cast<int>(slot)),
-          run + layout.v_offset + slot / pack * layout.v_group_bytes + slot % pack * item,
-          reinterpret_cast<float*>(run + layout.k_scales_offset) + slot,
-          reinterpret_cast<float*>(run + layout.v_scales_offset) + slot};
+Slot slot_of(const AppendArgs& a, int64_t token, CacheType type) {
+  const PageLayout& layout = *a.pages.layout;
+  const auto slot = static_cast<int>(token % layout.page_tokens);
+  const auto in_group = static_cast<size_t>(slot % pack_tokens(type)) * item_bytes(type);
+  std::byte* page = a.pages.page(token / layout.page_tokens);
+  return {page + layout.key_offset(a.head, slot),
+          page + layout.value_group_offset(a.head, slot) + in_group,
+          reinterpret_cast<float*>(page + layout.k_scale_offset(a.head, slot)),
+          reinterpret_cast<float*>(page + layout.v_scale_offset(a.head, slot))};
 }
 
 /// Bit patterns are stored as they come.
@@ -34,10 +33,10 @@ void append_plain(const AppendArgs& a) {
                          : kPack == 2        ? CacheType::bfloat16
                                              : CacheType::float16;
   constexpr size_t kValueStep = kPack * sizeof(Word);
-  const RunLayout& layout = *a.runs.layout;
+  const PageLayout& layout = *a.pages.layout;
   const size_t key_step = layout.k_step_bytes;
   for (int64_t t = 0; t < a.num_tokens; ++t) {
-    const Slot slot = slot_of(a.runs, a.first_token + t, kType);
+    const Slot slot = slot_of(a, a.first_token + t, kType);
     const std::byte* k = a.k + static_cast<size_t>(t) * a.k_row_bytes;
     const std::byte* v = a.v + static_cast<size_t>(t) * a.v_row_bytes;
     const int whole = layout.dk / kPack;
@@ -83,11 +82,11 @@ int quantise(float value, float inverse) {
 void append_int8(const AppendArgs& a) {
   constexpr int kPack = 4;
   constexpr int kMaxHeadDim = 256;
-  const RunLayout& layout = *a.runs.layout;
+  const PageLayout& layout = *a.pages.layout;
   const size_t key_step = layout.k_step_bytes;
   float wide[kMaxHeadDim];
   for (int64_t t = 0; t < a.num_tokens; ++t) {
-    const Slot slot = slot_of(a.runs, a.first_token + t, CacheType::int8);
+    const Slot slot = slot_of(a, a.first_token + t, CacheType::int8);
     const float k_peak = widen(a.dtype, a.k + static_cast<size_t>(t) * a.k_row_bytes, layout.dk,
                                layout.dk_padded, wide);
     *slot.k_scale = k_peak / 127.0f;

@@ -32,34 +32,39 @@ inline void store_as(Dtype dtype, std::byte* p, const Vec& v) {
   }
 }
 
-/// How far memory is fetched into the second-level cache ahead of its use. Blocks follow each other in
-/// memory within a page, so that only the first bytes of a page come unannounced.
-constexpr ptrdiff_t kAheadBytes = 8192;
+/// Lines of several heads are worked on together, up to this many: the keys of all heads, then their
+/// values are read from front to back, and no softmax waits for itself.
+constexpr int kLinesTogether = 64;
 
-/// Up to 64 tokens of one page and head.
+/// Up to this many lines of a head, reading memory takes longer than computing.
+constexpr int kFewLines = 8;
+
+/// Up to 64 tokens of one page, for `head` and the heads after it that are worked on together.
 struct Block {
   int head;
   const std::byte* keys;
   const std::byte* values;
-  const std::byte* run;
+  const std::byte* k_scales;
+  const std::byte* v_scales;
   int64_t first_token;  // of lane 0; may lie before the range
   int first_slot;       // of lane 0 in its page
   int num_lane_blocks;  // of 16 tokens
   int64_t stop_token;   // lanes from here on hold no token of the range
 };
 
-/// Blocks page by page and within it head by head: the order in which they lie in memory.
+/// Blocks in the order in which they lie in memory.
 class BlockWalk {
  public:
-  BlockWalk(const PagedRuns& runs, int num_heads, int pack, int64_t begin, int64_t end)
-      : runs_(runs),
-        layout_(*runs.layout),
-        num_heads_(num_heads),
-        pack_(pack),
+  BlockWalk(const AttendArgs& a, int heads_together, int64_t begin, int64_t end)
+      : pages_(a.pages),
+        layout_(*a.pages.layout),
+        first_head_(a.first_head),
+        num_heads_(a.num_heads),
+        heads_together_(heads_together),
         token_(begin),
         end_(end) {
     page_ = begin / layout_.page_tokens;
-    slot_ = first_slot_ = static_cast<int>(begin % layout_.page_tokens);
+    slot_ = static_cast<int>(begin % layout_.page_tokens);
   }
 
   bool is_done() const { return token_ >= end_; }
@@ -76,67 +81,81 @@ class BlockWalk {
     block.stop_token = block.first_token + (stop_slot - block.first_slot);
     block.num_lane_blocks =
         static_cast<int>((stop_slot - block.first_slot + kLanes - 1) / kLanes);
-    block.run = runs_.run(page_) + static_cast<size_t>(head_) * layout_.bytes;
-    block.keys = block.run + layout_.key_offset(block.first_slot);
-    block.values = block.run + layout_.v_offset +
-                   static_cast<size_t>(block.first_slot / pack_) * layout_.v_group_bytes;
+    const std::byte* page = pages_.page(page_);
+    const int head = first_head_ + head_;
+    block.keys = page + layout_.key_offset(head, block.first_slot);
+    block.values = page + layout_.value_group_offset(head, block.first_slot);
+    block.k_scales = page + layout_.k_scale_offset(head, block.first_slot);
+    block.v_scales = page + layout_.v_scale_offset(head, block.first_slot);
+    head_ += heads_together_;
+    if (head_ < num_heads_) return block;
+    head_ = 0;
     token_ = block.stop_token;
     slot_ = static_cast<int>(stop_slot);
-    if (slot_ < layout_.page_tokens && token_ < end_) return block;
-    if (++head_ < num_heads_) {
-      token_ -= slot_ - first_slot_;
-      slot_ = first_slot_;
-    } else {
-      head_ = 0;
-      slot_ = first_slot_ = 0;
+    if (slot_ == layout_.page_tokens) {
+      slot_ = 0;
       ++page_;
     }
     return block;
   }
 
  private:
-  const PagedRuns& runs_;
-  const RunLayout& layout_;
-  int num_heads_, pack_;
+  const LayerPages& pages_;
+  const PageLayout& layout_;
+  int first_head_, num_heads_, heads_together_;
   int64_t token_, end_, page_;
   int head_ = 0;
-  int slot_, first_slot_;  // now, and where the page's part of the range begins
+  int slot_;
 };
 
-template <typename Math, bool kPrefetch, int C>
-void score_lines(ScoreTile<Math> tile, int lines) {
-  int left = lines;
-  while (left > 0) {
-    const int tiles = (left + Math::kMaxLines - 1) / Math::kMaxLines;
-    const int take = (left + tiles - 1) / tiles;
+/// How many of the lines that are left the next tile takes.
+template <typename Math>
+int lines_of_tile(int left, bool is_first, bool few) {
+  // The first of few lines wait for memory; the fewer they are, the less is computed meanwhile.
+  if (is_first && few) return left < 2 ? left : 2;
+  const int tiles = (left + Math::kMaxLines - 1) / Math::kMaxLines;
+  return (left + tiles - 1) / tiles;
+}
+
+template <typename Math, int C>
+void score_lines(ScoreTile<Math> tile, int lines, const std::byte* next_end) {
+  const bool few = lines <= kFewLines;
+  for (int left = lines; left > 0;) {
+    const bool is_first = left == lines;
+    const int take = lines_of_tile<Math>(left, is_first, few);
+    const bool ahead = !is_first && tile.next < next_end;
     unroll<Math::kMaxLines>([&](auto r) {
-      if (take == r + 1) score_tile<Math, r + 1, C, kPrefetch>(tile);
+      constexpr int kLines = r + 1;
+      if (take != kLines) return;
+      if (ahead) {
+        score_tile<Math, kLines, C, Prefetch::next>(tile);
+        tile.next += tile.steps * lines_ahead(kLines, C) * kCacheLine;
+      } else if (kLines == 1 && is_first) {
+        score_tile<Math, kLines, C, kLines == 1 ? Prefetch::along : Prefetch::none>(tile);
+      } else {
+        score_tile<Math, kLines, C, Prefetch::none>(tile);
+      }
     });
     tile.q += take * tile.q_stride;
     tile.scores += take * kBlockTokens;
     left -= take;
-    if constexpr (kPrefetch) {
-      if (left > 0) return score_lines<Math, false, C>(tile, left);
-    }
   }
 }
 
-template <typename Math, bool kPrefetch>
-void multiply_keys(ScoreTile<Math> tile, int lines, int num_lane_blocks) {
+template <typename Math>
+void multiply_keys(ScoreTile<Math> tile, int lines, int num_lane_blocks,
+                   const std::byte* next_end) {
   constexpr int kColumns = Math::kMaxColumns < 4 ? Math::kMaxColumns : 4;
   while (num_lane_blocks > 0) {
     int take = 1;
     if (num_lane_blocks >= 4 && kColumns >= 4) {
       take = 4;
+      score_lines<Math, kColumns>(tile, lines, next_end);
     } else if (num_lane_blocks >= 2 && kColumns >= 2) {
       take = 2;
-    }
-    if (take == 4) {
-      score_lines<Math, kPrefetch, kColumns>(tile, lines);
-    } else if (take == 2) {
-      score_lines<Math, kPrefetch, (kColumns < 2 ? 1 : 2)>(tile, lines);
+      score_lines<Math, (kColumns < 2 ? 1 : 2)>(tile, lines, next_end);
     } else {
-      score_lines<Math, kPrefetch, 1>(tile, lines);
+      score_lines<Math, 1>(tile, lines, next_end);
     }
     tile.keys += take * tile.column_bytes;
     tile.scores += take * kLanes;
@@ -144,62 +163,57 @@ void multiply_keys(ScoreTile<Math> tile, int lines, int num_lane_blocks) {
   }
 }
 
-template <typename Math, int R, bool kPrefetch>
-void value_columns(ValueTile<Math> tile, int columns) {
+template <typename Math, int R, Prefetch kPrefetch>
+void value_columns(ValueTile<Math>& tile, int columns) {
   constexpr ptrdiff_t kColumnBytes = kLanes * Math::kStep * Math::kItemBytes;
   // As many columns as the registers hold, in powers of two.
   constexpr int kFit = Math::kMaxLines * Math::kMaxColumns / R;
   constexpr int kMost = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
-  const auto advance = [&](int take) {
-    tile.values += take * kColumnBytes;
-    if (tile.tail != nullptr) tile.tail += take * kColumnBytes;
-    tile.acc += take * kLanes;
-    columns -= take;
+  ValueTile<Math> part = tile;
+  const auto run = [&]<int C>(std::integral_constant<int, C>) {
+    value_tile<Math, R, C, kPrefetch>(part);
+    part.values += C * kColumnBytes;
+    if (part.tail != nullptr) part.tail += C * kColumnBytes;
+    part.acc += C * kLanes;
+    part.next += part.steps * lines_ahead(R, C) * kCacheLine;
+    columns -= C;
   };
-  while (columns >= kMost) {
-    value_tile<Math, R, kMost, kPrefetch>(tile);
-    advance(kMost);
-  }
-  if constexpr (kMost > 4) {
-    if (columns >= 4) {
-      value_tile<Math, R, 4, kPrefetch>(tile);
-      advance(4);
-    }
-  }
-  if constexpr (kMost > 2) {
-    if (columns >= 2) {
-      value_tile<Math, R, 2, kPrefetch>(tile);
-      advance(2);
-    }
-  }
-  if constexpr (kMost > 1) {
-    if (columns >= 1) value_tile<Math, R, 1, kPrefetch>(tile);
-  }
+  while (columns >= kMost) run(std::integral_constant<int, kMost>{});
+  if (kMost > 4 && columns >= 4) run(std::integral_constant<int, kMost < 4 ? kMost : 4>{});
+  if (kMost > 2 && columns >= 2) run(std::integral_constant<int, kMost < 2 ? kMost : 2>{});
+  if (kMost > 1 && columns >= 1) run(std::integral_constant<int, 1>{});
+  tile.next = part.next;
 }
 
-template <typename Math, bool kPrefetch>
-void multiply_values(ValueTile<Math> tile, int lines, int columns) {
-  int left = lines;
-  while (left > 0) {
-    const int tiles = (left + Math::kMaxLines - 1) / Math::kMaxLines;
-    const int take = (left + tiles - 1) / tiles;
+template <typename Math>
+void multiply_values(ValueTile<Math> tile, int lines, int columns, const std::byte* next_end) {
+  const bool few = lines <= kFewLines;
+  for (int left = lines; left > 0;) {
+    const bool is_first = left == lines;
+    const int take = lines_of_tile<Math>(left, is_first, few);
+    const bool ahead = !is_first && tile.next < next_end;
     unroll<Math::kMaxLines>([&](auto r) {
-      if (take == r + 1) value_columns<Math, r + 1, kPrefetch>(tile, columns);
+      constexpr int kLines = r + 1;
+      if (take != kLines) return;
+      if (ahead) {
+        value_columns<Math, kLines, Prefetch::next>(tile, columns);
+      } else if (kLines == 1 && is_first) {
+        value_columns<Math, kLines, kLines == 1 ? Prefetch::along : Prefetch::none>(tile, columns);
+      } else {
+        value_columns<Math, kLines, Prefetch::none>(tile, columns);
+      }
     });
     tile.weights += take * tile.weights_stride;
     tile.factors += take;
     tile.acc += take * tile.acc_stride;
     left -= take;
-    if constexpr (kPrefetch) {
-      if (left > 0) return multiply_values<Math, false>(tile, left, columns);
-    }
   }
 }
 
 /// The last group of values, with zeros for tokens that the range does not have: what lies there may
 /// be anything, and not a number times a weight of zero is not zero.
 template <typename Math>
-const std::byte* masked_group(const std::byte* group, int tokens, const RunLayout& layout,
+const std::byte* masked_group(const std::byte* group, int tokens, const PageLayout& layout,
                               std::byte* to) {
   const auto bits = static_cast<unsigned>(8 * Math::kItemBytes * tokens);
   const uint32_t mask = (uint32_t{1} << bits) - 1;
@@ -244,7 +258,7 @@ inline float finish_scores(float* scores, const AttendArgs& a, const float* k_sc
 
 template <typename Math>
 void attend(const AttendArgs& a) {
-  const RunLayout& layout = *a.runs.layout;
+  const PageLayout& layout = *a.pages.layout;
   const int lines = a.num_rows * a.group;
   const Scratch& scratch = a.scratch;
   auto* q = reinterpret_cast<typename Math::Operand*>(scratch.q);
@@ -263,28 +277,33 @@ void attend(const AttendArgs& a) {
   const int64_t last_row_begin = larger(a.begin, a.first_position + a.num_rows - a.window);
   const int64_t first_row_end = smaller(a.end, a.first_position + 1);
 
-  BlockWalk walk(a.runs, a.num_heads, Math::kStep, begin, end);
-  while (!walk.is_done()) {
-    const Block block = walk.next();
+  const int heads_together =
+      static_cast<int>(larger(1, smaller(a.num_heads, kLinesTogether / lines)));
+  const auto k_head_bytes = static_cast<ptrdiff_t>(layout.k_head_bytes);
+  const auto v_head_bytes = static_cast<ptrdiff_t>(layout.v_head_bytes);
+  const int key_steps = layout.dk_padded / Math::kStep;
+  const auto key_step_bytes = static_cast<ptrdiff_t>(layout.k_step_bytes);
+  const auto group_bytes = static_cast<ptrdiff_t>(layout.v_group_bytes);
+
+  BlockWalk walk(a, heads_together, begin, end);
+  Block block = walk.next();
+  for (bool more = true; more;) {
+    more = !walk.is_done();
+    const Block next = more ? walk.next() : block;
+    const int num_heads = static_cast<int>(smaller(heads_together, a.num_heads - block.head));
     const int num_lane_blocks = block.num_lane_blocks;
     const int64_t first = block.first_token;
-    const State state =
-        State::at(a.state.acc + block.head * state_floats, lines, layout.dv_padded);
-    multiply_keys<Math, true>({q + block.head * lines * q_stride, q_stride, block.keys,
-                               static_cast<ptrdiff_t>(layout.k_step_bytes),
-                               static_cast<ptrdiff_t>(layout.k_column_bytes),
-                               layout.dk_padded / Math::kStep, kAheadBytes,
-                               scratch.scores},
-                              lines, num_lane_blocks);
-
-    const float* k_scales = nullptr;
-    const float* v_scales = nullptr;
-    if constexpr (Math::kCacheType == CacheType::int8) {
-      k_scales =
-          reinterpret_cast<const float*>(block.run + layout.k_scales_offset) + block.first_slot;
-      v_scales =
-          reinterpret_cast<const float*>(block.run + layout.v_scales_offset) + block.first_slot;
+    for (int head = 0; head < num_heads; ++head) {
+      const std::byte* keys = block.keys + head * k_head_bytes;
+      const std::byte* then = head + 1 < num_heads ? keys + k_head_bytes : block.values;
+      multiply_keys<Math>(
+          {q + (block.head + head) * lines * q_stride, q_stride, keys, key_step_bytes,
+           static_cast<ptrdiff_t>(layout.k_column_bytes), key_steps,
+           then,
+           scratch.scores + head * lines * kBlockTokens},
+          lines, num_lane_blocks, then + layout.k_head_bytes);
     }
+
     const bool all = first >= last_row_begin && block.stop_token <= first_row_end &&
                      block.stop_token == first + num_lane_blocks * kLanes;
     const auto visible = [&](int row) -> Visible {
@@ -293,50 +312,72 @@ void attend(const AttendArgs& a) {
       const int64_t hi = smaller(block.stop_token, position + 1) - first;
       return {static_cast<int>(larger(lo, 0)), static_cast<int>(larger(hi, 0)), all};
     };
-    for (int row = 0, line = 0; row < a.num_rows; ++row) {
-      const Visible lanes = visible(row);
-      for (int g = 0; g < a.group; ++g, ++line) {
-        scratch.sums[line] = finish_scores(scratch.scores + line * kBlockTokens, a, k_scales,
-                                           num_lane_blocks, lanes);
+    const auto state_of = [&](int head) {
+      return State::at(a.state.acc + (block.head + head) * state_floats, lines, layout.dv_padded);
+    };
+    const auto scales = [&](int head, const std::byte* of_first) -> const float* {
+      if (Math::kCacheType != CacheType::int8) return nullptr;
+      return reinterpret_cast<const float*>(of_first +
+                                            static_cast<size_t>(head) * layout.scale_head_bytes);
+    };
+    for (int head = 0, line = 0; head < num_heads; ++head) {
+      const State state = state_of(head);
+      const float* k_scales = scales(head, block.k_scales);
+      for (int row = 0, i = 0; row < a.num_rows; ++row) {
+        const Visible lanes = visible(row);
+        for (int g = 0; g < a.group; ++g, ++line, ++i) {
+          scratch.peaks[line] = state.peak[i];
+          scratch.sums[line] = finish_scores(scratch.scores + line * kBlockTokens, a, k_scales,
+                                             num_lane_blocks, lanes);
+        }
       }
     }
     // `sums` holds the block's peaks; from here on the peak that the weights are relative to.
-    for (int line = 0; line < lines; line += kLanes) {
-      const Vec before = load(state.peak + line);
+    for (int line = 0; line < num_heads * lines; line += kLanes) {
+      const Vec before = load(scratch.peaks + line);
       const Vec peak = max(before, load(scratch.sums + line));
       const Vec base = finite_peak(peak);
-      const Vec factor = exp2(sub(before, base));
-      store(state.peak + line, peak);
+      store(scratch.peaks + line, peak);
       store(scratch.sums + line, base);
-      store(scratch.factors + line, factor);
-      store(state.total + line, mul(load(state.total + line), factor));
+      store(scratch.factors + line, exp2(sub(before, base)));
     }
-    for (int row = 0, line = 0; row < a.num_rows; ++row) {
-      const Visible lanes = visible(row);
-      for (int g = 0; g < a.group; ++g, ++line) {
-        state.total[line] += Math::weigh(
-            scratch.scores + line * kBlockTokens, scratch.sums[line], v_scales, num_lane_blocks,
-            lanes, weights + line * kWeightsStride);
+    for (int head = 0, line = 0; head < num_heads; ++head) {
+      const State state = state_of(head);
+      const float* v_scales = scales(head, block.v_scales);
+      for (int row = 0, i = 0; row < a.num_rows; ++row) {
+        const Visible lanes = visible(row);
+        for (int g = 0; g < a.group; ++g, ++line, ++i) {
+          const float sum = Math::weigh(scratch.scores + line * kBlockTokens, scratch.sums[line],
+                                        v_scales, num_lane_blocks, lanes,
+                                        weights + line * kWeightsStride);
+          state.total[i] = state.total[i] * scratch.factors[line] + sum;
+          state.peak[i] = scratch.peaks[line];
+        }
       }
     }
 
     const auto stop_lane = static_cast<int>(block.stop_token - first);
-    ValueTile<Math> values{weights,
+    const int value_steps = stop_lane / Math::kStep;
+    for (int head = 0; head < num_heads; ++head) {
+      const std::byte* values = block.values + head * v_head_bytes;
+      const std::byte* then = head + 1 < num_heads ? values + v_head_bytes : next.keys;
+      ValueTile<Math> tile{weights + head * lines * kWeightsStride,
                            kWeightsStride,
-                           block.values,
-                           static_cast<ptrdiff_t>(layout.v_group_bytes),
-                           stop_lane / Math::kStep,
+                           values,
+                           group_bytes,
+                           value_steps,
                            nullptr,
-                           kAheadBytes,
-                           scratch.factors,
-                           state.acc,
+                           then,
+                           scratch.factors + head * lines,
+                           state_of(head).acc,
                            layout.dv_padded};
-    if (const int rest = stop_lane % Math::kStep; rest != 0) {
-      values.tail = masked_group<Math>(
-          block.values + static_cast<size_t>(values.steps) * layout.v_group_bytes, rest, layout,
-          scratch.tail);
+      if (const int rest = stop_lane % Math::kStep; rest != 0) {
+        tile.tail =
+            masked_group<Math>(values + value_steps * group_bytes, rest, layout, scratch.tail);
+      }
+      multiply_values<Math>(tile, lines, layout.dv_padded / kLanes, then + layout.v_head_bytes);
     }
-    multiply_values<Math, true>(values, lines, layout.dv_padded / kLanes);
+    block = next;
   }
 }
 
@@ -403,7 +444,7 @@ inline void write(const WriteArgs& a) {
 /// A row's query vector as float32, padded with zeros to whole steps.
 inline void widen_query(const AttendArgs& a, const std::byte* from, float* to) {
   const size_t item = item_bytes(a.dtype);
-  const int dk = a.runs.layout->dk;
+  const int dk = a.pages.layout->dk;
   int d = 0;
   for (; d + kLanes <= dk; d += kLanes) {
     store(to + d, load_as(a.dtype, from + static_cast<size_t>(d) * item));
@@ -414,14 +455,14 @@ inline void widen_query(const AttendArgs& a, const std::byte* from, float* to) {
                      static_cast<size_t>(dk - d) * item);
     float wide[kLanes];
     store(wide, load_as(a.dtype, rest));
-    for (int i = 0; d + i < a.runs.layout->dk_padded; ++i) to[d + i] = wide[i];
+    for (int i = 0; d + i < a.pages.layout->dk_padded; ++i) to[d + i] = wide[i];
   }
 }
 
 inline const std::byte* query(const AttendArgs& a, int head, int line) {
   return a.q + static_cast<size_t>(head) * a.q_head_bytes +
          static_cast<size_t>(line / a.group) * a.q_row_bytes +
-         static_cast<size_t>(line % a.group) * static_cast<size_t>(a.runs.layout->dk) *
+         static_cast<size_t>(line % a.group) * static_cast<size_t>(a.pages.layout->dk) *
              item_bytes(a.dtype);
 }
 
@@ -433,7 +474,7 @@ struct PlainMath : FloatMath<kType, kMostLines> {
   static constexpr int kOperandsPerStep = pack_tokens(kType);
 
   static void pack_queries(const AttendArgs& a, int head, float* q) {
-    const int dk = a.runs.layout->dk_padded;
+    const int dk = a.pages.layout->dk_padded;
     for (int line = 0; line < a.num_rows * a.group; ++line) {
       widen_query(a, query(a, head, line), q + static_cast<ptrdiff_t>(line) * dk);
     }

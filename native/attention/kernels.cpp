@@ -38,6 +38,7 @@ Scratch carve(Carver& carver, int max_lines, int max_queries) {
   scratch.weights = carver.take(floats * kBlockTokens);
   scratch.factors = reinterpret_cast<float*>(carver.take(floats));
   scratch.sums = reinterpret_cast<float*>(carver.take(floats));
+  scratch.peaks = reinterpret_cast<float*>(carver.take(floats));
   scratch.tail = carver.take(sizeof(float) * kMaxHeadDim);
   scratch.state = reinterpret_cast<float*>(
       carver.take(State::num_floats(max_lines, kMaxHeadDim) * sizeof(float)));

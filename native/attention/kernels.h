@@ -38,6 +38,7 @@ struct Scratch {
   std::byte* weights; // [lines][kBlockTokens] in the form that the values' product takes
   float* factors;     // [lines]
   float* sums;        // [lines]
+  float* peaks;       // [lines]
   std::byte* tail;    // one group of values
   float* state;       // for State::at
 
@@ -46,28 +47,27 @@ struct Scratch {
   static Scratch at(std::byte* memory, int max_lines, int max_queries);
 };
 
-/// Where the runs of one layer and KV head are.
-struct PagedRuns {
-  const RunLayout* layout;
-  std::byte* base;  // the run of page 0
+/// Where the pages of one layer and sequence are.
+struct LayerPages {
+  const PageLayout* layout;
+  std::byte* base;  // page 0
   size_t page_stride;
   const int32_t* pages;  // of the sequence, in token order
 
-  /// The next head's run follows at layout->bytes.
-  std::byte* run(int64_t page_index) const {
+  std::byte* page(int64_t page_index) const {
     return base + static_cast<size_t>(pages[page_index]) * page_stride;
   }
 };
 
 struct AttendArgs {
-  PagedRuns runs;
+  LayerPages pages;
   int64_t begin, end;  // the share of the sequence's tokens, begin < end
   Dtype dtype;
   const std::byte* q;  // row r, head g at q + r * q_row_bytes + g * dk elements
   size_t q_row_bytes;
   size_t q_head_bytes;
   int num_rows, group;
-  int num_heads;           // KV heads, from the one that `runs`, q and state point to
+  int first_head, num_heads;  // KV heads; q and state point to the first
   int64_t first_position;  // of row 0
   int64_t window;
   float scale2;    // score2 = scale2 * qk, or with softcap score2 = cap2 * tanh(scale2 * qk)
@@ -88,7 +88,8 @@ struct WriteArgs {
 };
 
 struct AppendArgs {
-  PagedRuns runs;
+  LayerPages pages;
+  int head;
   int64_t first_token, num_tokens;
   Dtype dtype;
   const std::byte* k;  // token t at k + t * k_row_bytes

@@ -36,8 +36,8 @@ struct Bf16Math {
   }
 
   static void pack_queries(const AttendArgs& a, int head, uint16_t* q) {
-    const auto dk = static_cast<size_t>(a.runs.layout->dk);
-    const auto padded = static_cast<size_t>(a.runs.layout->dk_padded);
+    const auto dk = static_cast<size_t>(a.pages.layout->dk);
+    const auto padded = static_cast<size_t>(a.pages.layout->dk_padded);
     for (int line = 0; line < a.num_rows * a.group; ++line, q += padded) {
       __builtin_memcpy(q, query(a, head, line), dk * sizeof *q);
       for (size_t d = dk; d < padded; ++d) q[d] = 0;

@@ -12,11 +12,11 @@ namespace {
 constexpr float kLog2E = 1.44269504088896f;
 constexpr int kMaxHeadDim = 256;
 
-RunLayout layout_of(const LayerSpec& spec, CacheType type, int page_tokens) {
+PageLayout layout_of(const LayerSpec& spec, CacheType type, int page_tokens) {
   if (spec.head_dim_k > kMaxHeadDim || spec.head_dim_v > kMaxHeadDim) {
     throw std::invalid_argument("head sizes go up to " + std::to_string(kMaxHeadDim));
   }
-  return RunLayout(type, spec.head_dim_k, spec.head_dim_v, page_tokens);
+  return PageLayout(type, spec.kv_heads, spec.head_dim_k, spec.head_dim_v, page_tokens);
 }
 
 size_t elements(int heads, int head_dim) {
@@ -28,7 +28,7 @@ size_t elements(int heads, int head_dim) {
 size_t page_bytes(std::span<const LayerSpec> layers, CacheType type, int page_tokens) {
   size_t total = 0;
   for (const LayerSpec& spec : layers) {
-    total += static_cast<size_t>(spec.kv_heads) * layout_of(spec, type, page_tokens).bytes;
+    total += layout_of(spec, type, page_tokens).bytes;
   }
   return total;
 }
@@ -46,19 +46,18 @@ PagedAttention::PagedAttention(std::vector<LayerSpec> layers, Dtype dtype, Cache
   size_t offset = 0;
   int max_lines = kTileLines, max_queries = kTileLines;
   for (LayerSpec& spec : layers) {
-    const RunLayout layout = layout_of(spec, type, page_tokens);
+    const PageLayout layout = layout_of(spec, type, page_tokens);
     const int group = spec.query_heads / spec.kv_heads;
     const LayerKind kind{spec.window, spec.kv_heads, group, layout.dv_padded};
     const auto found = std::find(kinds_.begin(), kinds_.end(), kind);
     const auto index = static_cast<size_t>(found - kinds_.begin());
     if (found == kinds_.end()) kinds_.push_back(kind);
     const bool capped = spec.softcap != 0.0f;
-    const size_t bytes = static_cast<size_t>(spec.kv_heads) * layout.bytes;
     layers_.push_back({std::move(spec), layout, group, 0.0f, 0.0f, offset, index});
     Layer& layer = layers_.back();
     layer.scale2 = capped ? layer.spec.scale / layer.spec.softcap : layer.spec.scale * kLog2E;
     layer.cap2 = capped ? layer.spec.softcap * kLog2E : 0.0f;
-    offset += bytes;
+    offset += layout.bytes;
     max_lines = std::max(max_lines, group);
     max_queries = std::max(max_queries, layer.spec.query_heads);
   }
@@ -94,10 +93,8 @@ size_t PagedAttention::out_row_bytes(int layer) const {
   return elements(spec.query_heads, spec.head_dim_v) * item_bytes(dtype_);
 }
 
-PagedRuns PagedAttention::runs(const Layer& layer, int head, const int32_t* pages) const {
-  std::byte* base =
-      memory_.data() + layer.offset + static_cast<size_t>(head) * layer.layout.bytes;
-  return {&layer.layout, base, page_stride_, pages};
+LayerPages PagedAttention::pages_of(const Layer& layer, const int32_t* pages) const {
+  return {&layer.layout, memory_.data() + layer.offset, page_stride_, pages};
 }
 
 /// For the queries of `head` from row `row` of q [A, Hq, Dk] on; range and state are still to be set.
@@ -106,7 +103,7 @@ AttendArgs PagedAttention::attend_args(const Layer& layer, int head, const int32
                                        int thread) const {
   const size_t item = item_bytes(dtype_);
   AttendArgs args;
-  args.runs = runs(layer, head, pages);
+  args.pages = pages_of(layer, pages);
   args.dtype = dtype_;
   args.q_row_bytes = elements(layer.spec.query_heads, layer.spec.head_dim_k) * item;
   args.q = q + static_cast<size_t>(row) * args.q_row_bytes +
@@ -114,6 +111,7 @@ AttendArgs PagedAttention::attend_args(const Layer& layer, int head, const int32
   args.q_head_bytes = elements(layer.group, layer.spec.head_dim_k) * item;
   args.num_rows = num_rows;
   args.group = layer.group;
+  args.first_head = head;
   args.num_heads = 1;
   args.window = layer.spec.window;
   args.scale2 = layer.scale2;
@@ -194,7 +192,8 @@ void PagedAttention::store(const StepSchedule& step, const Layer& layer, int spa
   const size_t item = item_bytes(dtype_);
   const auto first = static_cast<size_t>(span.first_row);
   AppendArgs args;
-  args.runs = runs(layer, head, span.pages);
+  args.pages = pages_of(layer, span.pages);
+  args.head = head;
   args.first_token = span.context_tokens;
   args.num_tokens = span.num_rows;
   args.dtype = dtype_;

@@ -52,7 +52,7 @@ class PagedAttention final : public AttentionExecutor {
  private:
   struct Layer {
     LayerSpec spec;
-    RunLayout layout;
+    PageLayout layout;
     int group;
     float scale2, cap2;
     size_t offset;  // within a page
@@ -60,7 +60,7 @@ class PagedAttention final : public AttentionExecutor {
   };
 
   const Layer& layer_at(int layer) const { return layers_[static_cast<size_t>(layer)]; }
-  PagedRuns runs(const Layer& layer, int head, const int32_t* pages) const;
+  LayerPages pages_of(const Layer& layer, const int32_t* pages) const;
   AttendArgs attend_args(const Layer& layer, int head, const int32_t* pages, const std::byte* q,
                          int64_t row, int num_rows, int thread) const;
   WriteArgs write_args(const Layer& layer, int head, int num_rows) const;

@@ -57,23 +57,48 @@ template <int N, typename F>
   }(std::make_integer_sequence<int, N>{});
 }
 
-/// acc[R][C] += a [R][steps] * b [steps][C]. `ahead`: how far to prefetch, in bytes.
-template <typename Math, Side side, int R, int C, bool kPrefetch>
+/// What a tile fetches into the second-level cache while it computes. Prefetches of this kind are
+/// dropped when memory is busy, so that they pay only where it would be idle.
+enum class Prefetch {
+  /// Nothing: the machine's own prefetching does better while keys or values stream in.
+  none,
+  /// What the tile itself reads soon: for one line, which computes faster than memory delivers.
+  along,
+  /// What comes next, for tiles whose keys or values are in the caches already.
+  next,
+};
+
+constexpr int kCacheLine = 64;
+constexpr ptrdiff_t kAlongBytes = 4096;
+
+/// Cache lines that memory delivers while a step of R lines and C columns is computed.
+constexpr int lines_ahead(int r, int c) { return r * c >= 8 ? r * c / 8 : 1; }
+
+/// acc[R][C] += a [R][steps] * b [steps][C].
+template <typename Math, Side side, int R, int C, Prefetch kPrefetch>
 [[gnu::always_inline]] inline void multiply(const typename Math::Operand* a, ptrdiff_t a_stride,
                                             const std::byte* b, ptrdiff_t step_bytes,
-                                            ptrdiff_t column_bytes, int steps, ptrdiff_t ahead,
-                                            Vec (&acc)[R][C]) {
+                                            ptrdiff_t column_bytes, int steps,
+                                            const std::byte* next, Vec (&acc)[R][C]) {
   for (int step = 0; step < steps; ++step) {
     typename Math::Column columns[C];
     unroll<C>([&](auto c) __attribute__((always_inline)) {
       columns[c] = Math::template load_column<side>(b + c * column_bytes);
-      if constexpr (kPrefetch) __builtin_prefetch(b + c * column_bytes + ahead, 0, 2);
+      if constexpr (kPrefetch == Prefetch::along) {
+        __builtin_prefetch(b + c * column_bytes + kAlongBytes, 0, 2);
+      }
     });
     unroll<R>([&](auto r) __attribute__((always_inline)) {
       unroll<C>([&](auto c) __attribute__((always_inline)) {
         Math::multiply_add(acc[r][c], a + r * a_stride, columns[c]);
       });
     });
+    if constexpr (kPrefetch == Prefetch::next) {
+      unroll<lines_ahead(R, C)>([&](auto i) __attribute__((always_inline)) {
+        __builtin_prefetch(next + i * kCacheLine, 0, 2);
+      });
+      next += lines_ahead(R, C) * kCacheLine;
+    }
     a += Math::kStep;
     b += step_bytes;
   }
@@ -86,17 +111,17 @@ struct ScoreTile {
   const std::byte* keys;
   ptrdiff_t step_bytes, column_bytes;
   int steps;
-  ptrdiff_t ahead;
+  const std::byte* next;  // what to prefetch
   float* scores;  // [lines][kBlockTokens]
 };
 
 /// Products of R lines and C times 16 tokens.
-template <typename Math, int R, int C, bool kPrefetch>
+template <typename Math, int R, int C, Prefetch kPrefetch>
 void score_tile(const ScoreTile<Math>& t) {
   Vec acc[R][C];
   unroll<R>([&](auto r) { unroll<C>([&](auto c) { acc[r][c] = splat(0.0f); }); });
   multiply<Math, Side::keys, R, C, kPrefetch>(t.q, t.q_stride, t.keys, t.step_bytes,
-                                              t.column_bytes, t.steps, t.ahead, acc);
+                                              t.column_bytes, t.steps, t.next, acc);
   unroll<R>([&](auto r) {
     unroll<C>([&](auto c) { store(t.scores + r * kBlockTokens + c * kLanes, acc[r][c]); });
   });
@@ -110,14 +135,14 @@ struct ValueTile {
   ptrdiff_t group_bytes;
   int steps;
   const std::byte* tail;  // one more group, or null
-  ptrdiff_t ahead;
+  const std::byte* next;  // what to prefetch
   const float* factors;  // [lines]
   float* acc;            // [lines][acc_stride]
   ptrdiff_t acc_stride;
 };
 
 /// acc = acc * factor + weights * values for R lines and C times 16 elements of the output.
-template <typename Math, int R, int C, bool kPrefetch>
+template <typename Math, int R, int C, Prefetch kPrefetch>
 void value_tile(const ValueTile<Math>& t) {
   constexpr ptrdiff_t kColumnBytes = kLanes * Math::kStep * Math::kItemBytes;
   Vec acc[R][C];
@@ -126,10 +151,10 @@ void value_tile(const ValueTile<Math>& t) {
     unroll<C>([&](auto c) { acc[r][c] = mul(load(t.acc + r * t.acc_stride + c * kLanes), factor); });
   });
   multiply<Math, Side::values, R, C, kPrefetch>(t.weights, t.weights_stride, t.values,
-                                                t.group_bytes, kColumnBytes, t.steps, t.ahead, acc);
+                                                t.group_bytes, kColumnBytes, t.steps, t.next, acc);
   if (t.tail != nullptr) {
-    multiply<Math, Side::values, R, C, false>(t.weights + t.steps * Math::kStep, t.weights_stride,
-                                              t.tail, 0, kColumnBytes, 1, 0, acc);
+    multiply<Math, Side::values, R, C, Prefetch::none>(t.weights + t.steps * Math::kStep, t.weights_stride,
+                                              t.tail, 0, kColumnBytes, 1, nullptr, acc);
   }
   unroll<R>([&](auto r) {
     unroll<C>([&](auto c) { store(t.acc + r * t.acc_stride + c * kLanes, acc[r][c]); });

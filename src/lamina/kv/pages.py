@@ -1,9 +1,10 @@
 """Which page holds which tokens of which sequence. Pure bookkeeping: no tensors, no torch.
 
 Every executor owns one `PageAllocator`. Pages are handed out so that a sequence's tokens lie in as
-few contiguous runs as possible: attention reads faster where the next page is the next in memory. A
-sequence grows into the page after its last one while that is free; a run that must start elsewhere
-starts in the middle of the largest free gap, which leaves room to grow for it and its neighbour.
+few contiguous runs as possible: attention reads faster where the next page is the next in memory.
+A sequence grows into the page after its last one while that is free; a run that must start
+elsewhere starts in the middle of the largest free gap, which leaves room to grow for it and for its
+neighbour.
 """
 
 from __future__ import annotations
