@@ -36,12 +36,15 @@ bool Pacer::step() {
     cpu_relax();
     return false;
   }
-  if ((num_steps_++ - kSpins) % kYieldsPerClock == 0) {
-    const double now = monotonic_s();
-    if (sleep_at_ == 0.0) sleep_at_ = now + yield_s_;
-    if (now >= sleep_at_) return true;
+  if (sleep_at_ == 0.0) {
+    yielded_at_ = monotonic_s();
+    sleep_at_ = yielded_at_ + yield_s_;
   }
+  if (yielded_at_ >= sleep_at_) return true;
   yield_core();
+  const double now = monotonic_s();
+  if (now - yielded_at_ > kBusyCoreSeconds) sleep_at_ = now;
+  yielded_at_ = now;
   return false;
 }
 

@@ -2,8 +2,10 @@
 //
 // On the machines this is made for, waking a sleeping core costs 20 us and more, giving the core to
 // another runnable thread (sched_yield) 0.5 us. A wait therefore looks a few times, then yields
-// for a while, so that whoever needs this core gets it, and sleeps only when the wait has become
-// long. Processes that outnumber the cores take turns instead of starving each other.
+// for a while, so that whoever needs this core gets it, and sleeps when the wait has become long. It
+// also sleeps when somebody else computes on this core: the scheduler lets one that yields again and
+// again wait for long, but gives one that is woken its turn soon. Processes that outnumber the cores
+// thus take turns instead of starving each other.
 #pragma once
 
 #include <atomic>
@@ -30,7 +32,7 @@ void futex_wait(const std::atomic<uint32_t>& word, uint32_t seen, double timeout
 void futex_wake(const std::atomic<uint32_t>& word, bool shared);
 
 /// Paces one wait: call `step()` after each look that found nothing; it relaxes or yields and says
-/// whether the wait is now long enough that the caller should sleep (futex, poll).
+/// whether the caller should sleep now (futex, poll): the wait is long, or the core is in demand.
 class Pacer {
  public:
   explicit Pacer(double yield_s = kYieldSeconds) : yield_s_(yield_s) {}
@@ -41,9 +43,11 @@ class Pacer {
 
  private:
   static constexpr int kSpins = 64;
-  static constexpr int kYieldsPerClock = 16;
+  /// A yield that took longer has let somebody compute.
+  static constexpr double kBusyCoreSeconds = 100e-6;
   int num_steps_ = 0;
   double yield_s_;
+  double yielded_at_ = 0.0;
   double sleep_at_ = 0.0;
 };
 
