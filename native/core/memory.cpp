@@ -2,7 +2,6 @@
 
 #include <linux/mempolicy.h>
 #include <sched.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -123,21 +122,13 @@ HugeMemory::HugeMemory(size_t num_bytes, ThreadPool& pool, const std::string& pu
     throw MemoryShortage("cannot allocate " + in_gib(num_bytes) + " for " + purpose +
                          ": this machine has " + in_gib(available) + " available");
   }
-  size_ = std::max<size_t>((num_bytes + kAlignment - 1) / kAlignment * kAlignment, kAlignment);
-  mapping_bytes_ = size_ + kAlignment;
-  mapping_ = mmap(nullptr, mapping_bytes_, PROT_READ | PROT_WRITE,
-                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (mapping_ == MAP_FAILED) {
+  try {
+    buffer_ = HugeBuffer(std::max(num_bytes, HugeBuffer::kHugePage));
+  } catch (const std::bad_alloc&) {
     throw MemoryShortage("cannot allocate " + in_gib(num_bytes) + " for " + purpose +
                          ": the system refuses the address space");
   }
-  const auto address = reinterpret_cast<uintptr_t>(mapping_);
-  data_ = reinterpret_cast<std::byte*>((address + kAlignment - 1) / kAlignment * kAlignment);
-  // Without it (old kernels, containers) everything works on small pages, only slower.
-  madvise(data_, size_, MADV_HUGEPAGE);
-  place(data_, size_, nodes_of(pool));
+  place(buffer_.data(), buffer_.bytes(), nodes_of(pool));
 }
-
-HugeMemory::~HugeMemory() { munmap(mapping_, mapping_bytes_); }
 
 }  // namespace lamina

@@ -1,10 +1,11 @@
-// Large, lazily committed memory on huge pages, near the threads that use it.
+// The memory of a KV cache: as large as asked for or refused, near the threads that use it.
 #pragma once
 
 #include <cstddef>
 #include <stdexcept>
 #include <string>
 
+#include "core/huge.h"
 #include "core/threads.h"
 
 namespace lamina {
@@ -26,20 +27,12 @@ class HugeMemory {
   /// threads may use. `purpose` names the use in error messages.
   /// Throws MemoryShortage if the machine has less than `num_bytes` available now.
   HugeMemory(size_t num_bytes, ThreadPool& pool, const std::string& purpose);
-  ~HugeMemory();
-  HugeMemory(const HugeMemory&) = delete;
-  HugeMemory& operator=(const HugeMemory&) = delete;
 
-  std::byte* data() const { return data_; }
-  size_t size() const { return size_; }
-
-  static constexpr size_t kAlignment = size_t{2} << 20;
+  std::byte* data() const { return static_cast<std::byte*>(buffer_.data()); }
+  size_t size() const { return buffer_.bytes(); }
 
  private:
-  std::byte* data_ = nullptr;
-  size_t size_ = 0;
-  void* mapping_ = nullptr;
-  size_t mapping_bytes_ = 0;
+  HugeBuffer buffer_;
 };
 
 }  // namespace lamina

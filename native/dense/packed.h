@@ -5,7 +5,7 @@
 
 #include "core/threads.h"
 #include "dense/kernels.h"
-#include "dense/memory.h"
+#include "core/huge.h"
 
 namespace lamina::dense {
 

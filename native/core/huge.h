@@ -1,4 +1,4 @@
-// Memory for weights and scratch: aligned, zeroed, in huge pages where the system grants them.
+// Memory for weights, caches and scratch: aligned, zeroed, in huge pages where the system grants them.
 #pragma once
 
 #include <cstddef>
@@ -20,6 +20,8 @@ class HugeBuffer {
   }
   HugeBuffer(const HugeBuffer&) = delete;
   HugeBuffer& operator=(const HugeBuffer&) = delete;
+
+  static constexpr size_t kHugePage = size_t{2} << 20;
 
   void* data() const { return data_; }
   size_t bytes() const { return bytes_; }

@@ -1,4 +1,4 @@
-#include "dense/memory.h"
+#include "core/huge.h"
 
 #include <sys/mman.h>
 
@@ -6,18 +6,13 @@
 #include <new>
 
 namespace lamina {
-namespace {
-
-constexpr size_t kHugePage = size_t{2} << 20;
-
-}  // namespace
-
 HugeBuffer::HugeBuffer(size_t bytes) : bytes_(bytes) {
   if (bytes == 0) return;
   // A large buffer begins on a huge page: mapped with room to round its address up.
   const bool is_large = bytes >= kHugePage;
   mapped_bytes_ = is_large ? bytes + kHugePage : bytes;
-  mapping_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  mapping_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE,
+                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping_ == MAP_FAILED) {
     mapping_ = nullptr;
     throw std::bad_alloc();
