@@ -124,7 +124,7 @@ void score_lines(ScoreTile<Math> tile, int lines, const std::byte* next_end) {
     const bool is_first = left == lines;
     const int take = lines_of_tile<Math>(left, is_first, few);
     const bool ahead = !is_first && tile.next < next_end;
-    unroll<Math::kMaxLines>([&](auto r) {
+    unroll<Math::kMaxLines>([&](auto r) __attribute__((always_inline)) {
       constexpr int kLines = r + 1;
       if (take != kLines) return;
       if (ahead) {
@@ -170,7 +170,7 @@ void value_columns(ValueTile<Math>& tile, int columns) {
   constexpr int kFit = Math::kMaxLines * Math::kMaxColumns / R;
   constexpr int kMost = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
   ValueTile<Math> part = tile;
-  const auto run = [&]<int C>(std::integral_constant<int, C>) {
+  const auto run = [&]<int C>(std::integral_constant<int, C>) __attribute__((always_inline)) {
     value_tile<Math, R, C, kPrefetch>(part);
     part.values += C * kColumnBytes;
     if (part.tail != nullptr) part.tail += C * kColumnBytes;
@@ -192,7 +192,7 @@ void multiply_values(ValueTile<Math> tile, int lines, int columns, const std::by
     const bool is_first = left == lines;
     const int take = lines_of_tile<Math>(left, is_first, few);
     const bool ahead = !is_first && tile.next < next_end;
-    unroll<Math::kMaxLines>([&](auto r) {
+    unroll<Math::kMaxLines>([&](auto r) __attribute__((always_inline)) {
       constexpr int kLines = r + 1;
       if (take != kLines) return;
       if (ahead) {
@@ -263,8 +263,8 @@ void attend(const AttendArgs& a) {
   const Scratch& scratch = a.scratch;
   auto* q = reinterpret_cast<typename Math::Operand*>(scratch.q);
   auto* weights = reinterpret_cast<typename Math::Operand*>(scratch.weights);
-  const ptrdiff_t q_stride = layout.dk_padded / Math::kStep * Math::kOperandsPerStep;
-  constexpr ptrdiff_t kWeightsStride = kBlockTokens / Math::kStep * Math::kOperandsPerStep;
+  const ptrdiff_t q_stride = layout.dk_padded / Math::kStep * Math::kOperandsPerStep + Math::kRowExtra;
+  constexpr ptrdiff_t kWeightsStride = kBlockTokens / Math::kStep * Math::kOperandsPerStep + Math::kRowExtra;
   const auto state_floats =
       static_cast<ptrdiff_t>(State::num_floats(lines, layout.dv_padded));
   for (int head = 0; head < a.num_heads; ++head) {
@@ -472,6 +472,7 @@ struct PlainMath : FloatMath<kType, kMostLines> {
   static constexpr int kMaxColumns = kMostColumns;
   static constexpr int kItemBytes = static_cast<int>(item_bytes(kType));
   static constexpr int kOperandsPerStep = pack_tokens(kType);
+  static constexpr int kRowExtra = 0;
 
   static void pack_queries(const AttendArgs& a, int head, float* q) {
     const int dk = a.pages.layout->dk_padded;
