@@ -224,8 +224,8 @@ def test_shares_of_the_tokens_merge_to_the_whole(isa: str, dtype: torch.dtype, c
     layers = [Rows(spec, plan, dtype) for spec in specs]
     run_step(executor, plan, layers)
     cuts = [0, 1, 1, 30, 64, 111, context, context + num_rows]
-    for index, (spec, given) in enumerate(zip(specs, layers, strict=True)):
-        rows = stored(given, cache)
+    for index, (spec, fresh) in enumerate(zip(specs, layers, strict=True)):
+        rows = stored(fresh, cache)
         q = rows.q[-num_rows:]
         shares = [
             executor.attend_share(
