@@ -2,213 +2,16 @@
 // Included by kernel files after their `Vec`; local to them.
 #pragma once
 
-#include "attention/tile.h"
+#include "attention/products.h"
+#include "attention/states.h"
+#include "attention/walk.h"
 
 namespace lamina {
 namespace {
 
-constexpr float kInfinity = __builtin_inff();
-constexpr float kLog2E = 1.44269504088896f;
-constexpr float kLn2 = 0.693147180559945f;
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int clamp_lane(int64_t lane) { return static_cast<int>(larger(0, smaller(kLanes, lane))); }
-
-/// Sixteen elements at p as float32.
-inline Vec load_as(Dtype dtype, const std::byte* p) {
-  switch (dtype) {
-    case Dtype::float32: return load(reinterpret_cast<const float*>(p));
-    case Dtype::float16: return load_f16(p);
-    case Dtype::bfloat16: return load_bf16(p);
-  }
-  __builtin_unreachable();
-}
-inline void store_as(Dtype dtype, std::byte* p, const Vec& v) {
-  switch (dtype) {
-    case Dtype::float32: return store(reinterpret_cast<float*>(p), v);
-    case Dtype::float16: return store_f16(p, v);
-    case Dtype::bfloat16: return store_bf16(p, v);
-  }
-}
-
 /// Lines of several heads are worked on together, up to this many: the keys of all heads, then their
 /// values are read from front to back, and no softmax waits for itself.
 constexpr int kLinesTogether = 64;
-
-/// Up to this many lines of a head, reading memory takes longer than computing.
-constexpr int kFewLines = 8;
-
-/// Up to 64 tokens of one page, for `head` and the heads after it that are worked on together.
-struct Block {
-  int head;
-  const std::byte* keys;
-  const std::byte* values;
-  const std::byte* k_scales;
-  const std::byte* v_scales;
-  int64_t first_token;  // of lane 0; may lie before the range
-  int first_slot;       // of lane 0 in its page
-  int num_lane_blocks;  // of 16 tokens
-  int64_t stop_token;   // lanes from here on hold no token of the range
-};
-
-/// Blocks in the order in which they lie in memory.
-class BlockWalk {
- public:
-  BlockWalk(const AttendArgs& a, int heads_together, int64_t begin, int64_t end)
-      : pages_(a.pages),
-        layout_(*a.pages.layout),
-        first_head_(a.first_head),
-        num_heads_(a.num_heads),
-        heads_together_(heads_together),
-        token_(begin),
-        end_(end) {
-    page_ = begin / layout_.page_tokens;
-    slot_ = static_cast<int>(begin % layout_.page_tokens);
-  }
-
-  bool is_done() const { return token_ >= end_; }
-
-  Block next() {
-    Block block;
-    block.head = head_;
-    const int skipped = slot_ % kLanes;
-    block.first_slot = slot_ - skipped;
-    block.first_token = token_ - skipped;
-    int64_t stop_slot =
-        smaller(layout_.page_tokens, (block.first_slot / kBlockTokens + 1) * kBlockTokens);
-    stop_slot = smaller(stop_slot, slot_ + (end_ - token_));
-    block.stop_token = block.first_token + (stop_slot - block.first_slot);
-    block.num_lane_blocks =
-        static_cast<int>((stop_slot - block.first_slot + kLanes - 1) / kLanes);
-    const std::byte* page = pages_.page(page_);
-    const int head = first_head_ + head_;
-    block.keys = page + layout_.key_offset(head, block.first_slot);
-    block.values = page + layout_.value_group_offset(head, block.first_slot);
-    block.k_scales = page + layout_.k_scale_offset(head, block.first_slot);
-    block.v_scales = page + layout_.v_scale_offset(head, block.first_slot);
-    head_ += heads_together_;
-    if (head_ < num_heads_) return block;
-    head_ = 0;
-    token_ = block.stop_token;
-    slot_ = static_cast<int>(stop_slot);
-    if (slot_ == layout_.page_tokens) {
-      slot_ = 0;
-      ++page_;
-    }
-    return block;
-  }
-
- private:
-  const LayerPages& pages_;
-  const PageLayout& layout_;
-  int first_head_, num_heads_, heads_together_;
-  int64_t token_, end_, page_;
-  int head_ = 0;
-  int slot_;
-};
-
-/// How many of the lines that are left the next tile takes.
-template <typename Math>
-int lines_of_tile(int left, bool is_first, bool few) {
-  // The first of few lines wait for memory; the fewer they are, the less is computed meanwhile.
-  if (is_first && few) return left < 2 ? left : 2;
-  const int tiles = (left + Math::kMaxLines - 1) / Math::kMaxLines;
-  return (left + tiles - 1) / tiles;
-}
-
-template <typename Math, int C>
-void score_lines(ScoreTile<Math> tile, int lines, const std::byte* next_end) {
-  const bool few = lines <= kFewLines;
-  for (int left = lines; left > 0;) {
-    const bool is_first = left == lines;
-    const int take = lines_of_tile<Math>(left, is_first, few);
-    const bool ahead = !is_first && tile.next < next_end;
-    unroll<Math::kMaxLines>([&](auto r) {
-      constexpr int kLines = r + 1;
-      if (take != kLines) return;
-      if (ahead) {
-        score_tile<Math, kLines, C, Prefetch::next>(tile);
-        tile.next += tile.steps * lines_ahead(kLines, C) * kCacheLine;
-      } else if (kLines == 1 && is_first) {
-        score_tile<Math, kLines, C, kLines == 1 ? Prefetch::along : Prefetch::none>(tile);
-      } else {
-        score_tile<Math, kLines, C, Prefetch::none>(tile);
-      }
-    });
-    tile.q += take * tile.q_stride;
-    tile.scores += take * kBlockTokens;
-    left -= take;
-  }
-}
-
-template <typename Math>
-void multiply_keys(ScoreTile<Math> tile, int lines, int num_lane_blocks,
-                   const std::byte* next_end) {
-  constexpr int kColumns = Math::kMaxColumns < 4 ? Math::kMaxColumns : 4;
-  while (num_lane_blocks > 0) {
-    int take = 1;
-    if (num_lane_blocks >= 4 && kColumns >= 4) {
-      take = 4;
-      score_lines<Math, kColumns>(tile, lines, next_end);
-    } else if (num_lane_blocks >= 2 && kColumns >= 2) {
-      take = 2;
-      score_lines<Math, (kColumns < 2 ? 1 : 2)>(tile, lines, next_end);
-    } else {
-      score_lines<Math, 1>(tile, lines, next_end);
-    }
-    tile.keys += take * tile.column_bytes;
-    tile.scores += take * kLanes;
-    num_lane_blocks -= take;
-  }
-}
-
-template <typename Math, int R, Prefetch kPrefetch>
-void value_columns(ValueTile<Math>& tile, int columns) {
-  constexpr ptrdiff_t kColumnBytes = kLanes * Math::kStep * Math::kItemBytes;
-  // As many columns as the registers hold, in powers of two.
-  constexpr int kFit = Math::kMaxLines * Math::kMaxColumns / R;
-  constexpr int kMost = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
-  ValueTile<Math> part = tile;
-  const auto run = [&]<int C>(std::integral_constant<int, C>) {
-    value_tile<Math, R, C, kPrefetch>(part);
-    part.values += C * kColumnBytes;
-    if (part.tail != nullptr) part.tail += C * kColumnBytes;
-    part.acc += C * kLanes;
-    part.next += part.steps * lines_ahead(R, C) * kCacheLine;
-    columns -= C;
-  };
-  while (columns >= kMost) run(std::integral_constant<int, kMost>{});
-  if (kMost > 4 && columns >= 4) run(std::integral_constant<int, kMost < 4 ? kMost : 4>{});
-  if (kMost > 2 && columns >= 2) run(std::integral_constant<int, kMost < 2 ? kMost : 2>{});
-  if (kMost > 1 && columns >= 1) run(std::integral_constant<int, 1>{});
-  tile.next = part.next;
-}
-
-template <typename Math>
-void multiply_values(ValueTile<Math> tile, int lines, int columns, const std::byte* next_end) {
-  const bool few = lines <= kFewLines;
-  for (int left = lines; left > 0;) {
-    const bool is_first = left == lines;
-    const int take = lines_of_tile<Math>(left, is_first, few);
-    const bool ahead = !is_first && tile.next < next_end;
-    unroll<Math::kMaxLines>([&](auto r) {
-      constexpr int kLines = r + 1;
-      if (take != kLines) return;
-      if (ahead) {
-        value_columns<Math, kLines, Prefetch::next>(tile, columns);
-      } else if (kLines == 1 && is_first) {
-        value_columns<Math, kLines, kLines == 1 ? Prefetch::along : Prefetch::none>(tile, columns);
-      } else {
-        value_columns<Math, kLines, Prefetch::none>(tile, columns);
-      }
-    });
-    tile.weights += take * tile.weights_stride;
-    tile.factors += take;
-    tile.acc += take * tile.acc_stride;
-    left -= take;
-  }
-}
 
 /// The last group of values, with zeros for tokens that the range does not have: what lies there may
 /// be anything, and not a number times a weight of zero is not zero.
@@ -263,8 +66,8 @@ void attend(const AttendArgs& a) {
   const Scratch& scratch = a.scratch;
   auto* q = reinterpret_cast<typename Math::Operand*>(scratch.q);
   auto* weights = reinterpret_cast<typename Math::Operand*>(scratch.weights);
-  const ptrdiff_t q_stride = layout.dk_padded / Math::kStep * Math::kOperandsPerStep;
-  constexpr ptrdiff_t kWeightsStride = kBlockTokens / Math::kStep * Math::kOperandsPerStep;
+  const ptrdiff_t q_stride = layout.dk_padded / Math::kStep * Math::kOperandsPerStep + Math::kRowExtra;
+  constexpr ptrdiff_t kWeightsStride = kBlockTokens / Math::kStep * Math::kOperandsPerStep + Math::kRowExtra;
   const auto state_floats =
       static_cast<ptrdiff_t>(State::num_floats(lines, layout.dv_padded));
   for (int head = 0; head < a.num_heads; ++head) {
@@ -381,66 +184,6 @@ void attend(const AttendArgs& a) {
   }
 }
 
-inline void merge(const State& into, const State& other, int lines, int dv_padded) {
-  for (int line = 0; line < lines; ++line) {
-    const Vec a = splat(into.peak[line]), b = splat(other.peak[line]);
-    const Vec peak = max(a, b);
-    const Vec base = finite_peak(peak);
-    const Vec mine = exp2(sub(a, base)), theirs = exp2(sub(b, base));
-    float* acc = into.acc + static_cast<ptrdiff_t>(line) * dv_padded;
-    const float* more = other.acc + static_cast<ptrdiff_t>(line) * dv_padded;
-    for (int d = 0; d < dv_padded; d += kLanes) {
-      store(acc + d, fma(load(acc + d), mine, mul(load(more + d), theirs)));
-    }
-    float value[kLanes];
-    store(value, fma(splat(into.total[line]), mine, mul(splat(other.total[line]), theirs)));
-    into.total[line] = value[0];
-    store(value, peak);
-    into.peak[line] = value[0];
-  }
-}
-
-inline void write(const WriteArgs& a) {
-  const size_t item = item_bytes(a.dtype);
-  for (int row = 0; row < a.num_rows; ++row) {
-    for (int g = 0; g < a.group; ++g) {
-      const int line = row * a.group + g;
-      Vec peak = splat(a.state.peak[line]);
-      Vec total = splat(a.state.total[line]);
-      Vec factor = splat(1.0f);
-      if (a.sinks != nullptr) {
-        const Vec sink = splat(a.sinks[g] * kLog2E);
-        const Vec before = peak;
-        peak = max(before, sink);
-        factor = exp2(sub(before, peak));
-        total = fma(total, factor, exp2(sub(sink, peak)));
-      }
-      const bool empty = a.state.total[line] == 0.0f && a.sinks == nullptr;
-      factor = empty ? splat(0.0f) : div(factor, total);
-      const float* acc = a.state.acc + static_cast<ptrdiff_t>(line) * a.dv_padded;
-      std::byte* out = a.out + static_cast<size_t>(row) * a.out_row_bytes +
-                       static_cast<size_t>(g) * static_cast<size_t>(a.dv) * item;
-      int d = 0;
-      for (; d + kLanes <= a.dv; d += kLanes) {
-        store_as(a.dtype, out + static_cast<size_t>(d) * item, mul(load(acc + d), factor));
-      }
-      if (d < a.dv) {
-        std::byte rest[kLanes * sizeof(float)];
-        store_as(a.dtype, rest, mul(load(acc + d), factor));
-        __builtin_memcpy(out + static_cast<size_t>(d) * item, rest,
-                         static_cast<size_t>(a.dv - d) * item);
-      }
-      if (a.lse != nullptr) {
-        float values[2][kLanes];
-        store(values[0], peak);
-        store(values[1], total);
-        a.lse[static_cast<size_t>(row) * a.lse_row_stride + static_cast<size_t>(g)] =
-            empty ? -kInfinity : values[0][0] * kLn2 + __builtin_logf(values[1][0]);
-      }
-    }
-  }
-}
-
 /// A row's query vector as float32, padded with zeros to whole steps.
 inline void widen_query(const AttendArgs& a, const std::byte* from, float* to) {
   const size_t item = item_bytes(a.dtype);
@@ -472,6 +215,7 @@ struct PlainMath : FloatMath<kType, kMostLines> {
   static constexpr int kMaxColumns = kMostColumns;
   static constexpr int kItemBytes = static_cast<int>(item_bytes(kType));
   static constexpr int kOperandsPerStep = pack_tokens(kType);
+  static constexpr int kRowExtra = 0;
 
   static void pack_queries(const AttendArgs& a, int head, float* q) {
     const int dk = a.pages.layout->dk_padded;

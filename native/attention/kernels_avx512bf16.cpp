@@ -14,10 +14,12 @@ struct Bf16Math {
   static constexpr CacheType kCacheType = CacheType::bfloat16;
   static constexpr int kStep = 2;
   static constexpr int kOperandsPerStep = 2;
+  static constexpr int kRowExtra = 0;
   static constexpr int kItemBytes = 2;
   static constexpr int kMaxLines = 6;
   static constexpr int kMaxColumns = 4;
   using Operand = uint16_t;
+  using Sum = Vec;
   struct Column {
     __m512i pairs;
   };
@@ -27,12 +29,19 @@ struct Bf16Math {
     return {_mm512_loadu_si512(p)};
   }
 
+  template <Side side>
   [[gnu::always_inline]] static void multiply_add(Vec& acc, const uint16_t* a,
                                                   const Column& column) {
     int pair;
     __builtin_memcpy(&pair, a, sizeof pair);
     acc.x = _mm512_dpbf16_ps(acc.x, reinterpret_cast<__m512bh>(column.pairs),
                              reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)));
+  }
+
+  [[gnu::always_inline]] static Vec zero() { return splat(0.0f); }
+  template <Side side>
+  [[gnu::always_inline]] static Vec product(Vec sum, const uint16_t* row_end) {
+    return sum;
   }
 
   static void pack_queries(const AttendArgs& a, int head, uint16_t* q) {

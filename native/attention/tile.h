@@ -1,8 +1,9 @@
 // The inner products: a register block of lines times columns of 16 lanes. Included by kernel files
 // after their `Vec`; local to them.
 //
-// A `Math` says how one step multiplies: `Operand` is an element of the packed queries or weights,
-// of which a step takes kStep; `Column` is what one column of keys or values is loaded into.
+// A `Math` says how one step of kStep elements (of a key, or of tokens) multiplies: `Operand` is what
+// packed queries and weights consist of, kOperandsPerStep for a step and kRowExtra at the end of a
+// row; `Column` is what one column of keys or values is loaded into, `Sum` what products add up in.
 #pragma once
 
 #include <cstddef>
@@ -23,6 +24,7 @@ struct FloatMath {
   static constexpr int kStep = pack_tokens(kType);
   static constexpr int kMaxLines = kMostLines;
   using Operand = float;
+  using Sum = Vec;
   struct Column {
     Vec part[kStep];
   };
@@ -44,8 +46,14 @@ struct FloatMath {
     return column;
   }
 
-  [[gnu::always_inline]] static void multiply_add(Vec& acc, const float* a, const Column& column) {
-    for (int i = 0; i < kStep; ++i) acc = fma(splat(a[i]), column.part[i], acc);
+  template <Side side>
+  [[gnu::always_inline]] static void multiply_add(Vec& sum, const float* a, const Column& column) {
+    for (int i = 0; i < kStep; ++i) sum = fma(splat(a[i]), column.part[i], sum);
+  }
+  [[gnu::always_inline]] static Vec zero() { return splat(0.0f); }
+  template <Side side>
+  [[gnu::always_inline]] static Vec product(Vec sum, const float* row_end) {
+    return sum;
   }
 };
 
@@ -79,7 +87,8 @@ template <typename Math, Side side, int R, int C, Prefetch kPrefetch>
 [[gnu::always_inline]] inline void multiply(const typename Math::Operand* a, ptrdiff_t a_stride,
                                             const std::byte* b, ptrdiff_t step_bytes,
                                             ptrdiff_t column_bytes, int steps,
-                                            const std::byte* next, Vec (&acc)[R][C]) {
+                                            const std::byte* next,
+                                            typename Math::Sum (&acc)[R][C]) {
   for (int step = 0; step < steps; ++step) {
     typename Math::Column columns[C];
     unroll<C>([&](auto c) __attribute__((always_inline)) {
@@ -90,7 +99,7 @@ template <typename Math, Side side, int R, int C, Prefetch kPrefetch>
     });
     unroll<R>([&](auto r) __attribute__((always_inline)) {
       unroll<C>([&](auto c) __attribute__((always_inline)) {
-        Math::multiply_add(acc[r][c], a + r * a_stride, columns[c]);
+        Math::template multiply_add<side>(acc[r][c], a + r * a_stride, columns[c]);
       });
     });
     if constexpr (kPrefetch == Prefetch::next) {
@@ -99,7 +108,7 @@ template <typename Math, Side side, int R, int C, Prefetch kPrefetch>
       });
       next += lines_ahead(R, C) * kCacheLine;
     }
-    a += Math::kStep;
+    a += Math::kOperandsPerStep;
     b += step_bytes;
   }
 }
@@ -118,12 +127,16 @@ struct ScoreTile {
 /// Products of R lines and C times 16 tokens.
 template <typename Math, int R, int C, Prefetch kPrefetch>
 void score_tile(const ScoreTile<Math>& t) {
-  Vec acc[R][C];
-  unroll<R>([&](auto r) { unroll<C>([&](auto c) { acc[r][c] = splat(0.0f); }); });
+  typename Math::Sum acc[R][C];
+  unroll<R>([&](auto r) __attribute__((always_inline)) { unroll<C>([&](auto c) __attribute__((always_inline)) { acc[r][c] = Math::zero(); }); });
   multiply<Math, Side::keys, R, C, kPrefetch>(t.q, t.q_stride, t.keys, t.step_bytes,
                                               t.column_bytes, t.steps, t.next, acc);
-  unroll<R>([&](auto r) {
-    unroll<C>([&](auto c) { store(t.scores + r * kBlockTokens + c * kLanes, acc[r][c]); });
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    const auto* row_end = t.q + r * t.q_stride + t.steps * Math::kOperandsPerStep;
+    unroll<C>([&](auto c) __attribute__((always_inline)) {
+      store(t.scores + r * kBlockTokens + c * kLanes,
+            Math::template product<Side::keys>(acc[r][c], row_end));
+    });
   });
 }
 
@@ -145,19 +158,22 @@ struct ValueTile {
 template <typename Math, int R, int C, Prefetch kPrefetch>
 void value_tile(const ValueTile<Math>& t) {
   constexpr ptrdiff_t kColumnBytes = kLanes * Math::kStep * Math::kItemBytes;
-  Vec acc[R][C];
-  unroll<R>([&](auto r) {
-    const Vec factor = splat(t.factors[r]);
-    unroll<C>([&](auto c) { acc[r][c] = mul(load(t.acc + r * t.acc_stride + c * kLanes), factor); });
-  });
+  typename Math::Sum acc[R][C];
+  unroll<R>([&](auto r) __attribute__((always_inline)) { unroll<C>([&](auto c) __attribute__((always_inline)) { acc[r][c] = Math::zero(); }); });
   multiply<Math, Side::values, R, C, kPrefetch>(t.weights, t.weights_stride, t.values,
                                                 t.group_bytes, kColumnBytes, t.steps, t.next, acc);
   if (t.tail != nullptr) {
-    multiply<Math, Side::values, R, C, Prefetch::none>(t.weights + t.steps * Math::kStep, t.weights_stride,
+    multiply<Math, Side::values, R, C, Prefetch::none>(t.weights + t.steps * Math::kOperandsPerStep, t.weights_stride,
                                               t.tail, 0, kColumnBytes, 1, nullptr, acc);
   }
-  unroll<R>([&](auto r) {
-    unroll<C>([&](auto c) { store(t.acc + r * t.acc_stride + c * kLanes, acc[r][c]); });
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    const Vec factor = splat(t.factors[r]);
+    const auto* row_end =
+        t.weights + r * t.weights_stride + kBlockTokens / Math::kStep * Math::kOperandsPerStep;
+    unroll<C>([&](auto c) __attribute__((always_inline)) {
+      float* to = t.acc + r * t.acc_stride + c * kLanes;
+      store(to, fma(load(to), factor, Math::template product<Side::values>(acc[r][c], row_end)));
+    });
   });
 }
 
