@@ -48,6 +48,9 @@ class Inbox {
   /// The payload of message `seq`, aligned to 64 bytes; valid until the next `wait` on this mailbox.
   virtual std::span<const std::byte> wait(uint64_t seq, double deadline,
                                           std::optional<size_t> num_bytes) = 0;
+
+  /// Whether message `seq` is here, before any other that was not discarded. Never blocks.
+  virtual bool holds(uint64_t seq) = 0;
 };
 
 /// A message that somebody waits for.

@@ -109,6 +109,11 @@ bool SlotReader::is_due(uint64_t seq, int& num_freed) {
   return num_arrived_ != 0 && seq <= last_seq_;
 }
 
+bool SlotReader::holds(uint64_t seq) {
+  look();
+  return num_read_ != num_arrived_ && arrived_[num_read_ % kNumSlots].seq == seq;
+}
+
 std::span<const std::byte> SlotReader::take(uint64_t seq, std::optional<size_t> num_bytes) {
   const auto name = [&] {
     return "message " + std::to_string(seq) + " of mailbox " + std::to_string(memory_.mailbox);

@@ -108,6 +108,9 @@ class SlotReader {
   /// Throws ProtocolMismatch if a message that came must not come.
   bool is_due(uint64_t seq, int& num_freed);
 
+  /// Whether the first message that was not discarded is number `seq`. Throws as `is_due`.
+  bool holds(uint64_t seq);
+
   /// The payload of message `seq`, once `is_due`. Throws ProtocolMismatch if it can no longer come
   /// or has another length than `num_bytes`.
   std::span<const std::byte> take(uint64_t seq, std::optional<size_t> num_bytes);
@@ -140,6 +143,7 @@ class SlotInbox : public Inbox {
   explicit SlotInbox(SlotReader reader) : reader_(std::move(reader)) {}
   size_t capacity_bytes() const override { return reader_.memory().capacity_bytes; }
   const SlotMemory& memory() const { return reader_.memory(); }
+  bool holds(uint64_t seq) override { return reader_.holds(seq); }
 
  protected:
   SlotReader reader_;

@@ -38,7 +38,8 @@ bool LayerLoop::in_step() const {
 
 bool LayerLoop::serve(uint64_t next_plan, double wake_at) {
   while (true) {
-    const double overdue_at = collect_awaited(Awaited{plans_, next_plan});
+    const double overdue_at = collect_awaited();
+    awaited_.push_back({plans_, next_plan});
     size_t ready;
     try {
       ready = link_.wait_any(awaited_, std::min(wake_at, overdue_at));
@@ -46,13 +47,25 @@ bool LayerLoop::serve(uint64_t next_plan, double wake_at) {
       if (failure.kind != TransportFailure::Kind::deadline || overdue_at <= wake_at) throw;
       return false;
     }
-    if (ready == 0) return true;
-    advance(*due_[ready - 1]);
+    // The model worker runs ahead where it waits for no output: its next plan may be here before
+    // the layers of the last step are served. What was posted before a plan is here when the plan
+    // is. If what a step waits for is not, the step was given up, or the plan is of another one.
+    const auto has_come = [](const Step* step) {
+      return (step->has_q ? step->kv : step->q)->holds(step->number);
+    };
+    const auto next = std::find_if(due_.begin(), due_.end(), has_come);
+    if (next != due_.end()) {
+      advance(**next);
+    } else if (plans_->holds(next_plan)) {
+      return true;
+    } else if (ready < due_.size()) {
+      advance(*due_[ready]);  // fails: its message can no longer come
+    }
   }
 }
 
 void LayerLoop::pump() {
-  collect_awaited(std::nullopt);
+  collect_awaited();
   const size_t ready = link_.wait_any(awaited_, monotonic_s());
   advance(*due_[ready]);
 }
@@ -66,12 +79,11 @@ std::vector<LayerEvent> LayerLoop::events() const {
   return events;
 }
 
-/// Collect what is awaited: the plan first, since one may say that a step was given up, then the next
-/// message of every step, the one that waits for longest first. Returns when a step is overdue.
-double LayerLoop::collect_awaited(std::optional<Awaited> plan) {
+/// Collect the next message of every step, the one that waits for longest first; returns when a step
+/// is overdue.
+double LayerLoop::collect_awaited() {
   due_.clear();
   awaited_.clear();
-  if (plan) awaited_.push_back(*plan);
   for (Step& step : steps_) {
     if (step.schedule) due_.push_back(&step);
   }

@@ -9,7 +9,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <span>
 #include <vector>
 
@@ -80,7 +79,7 @@ class LayerLoop {
   void advance(Step& step);
   void receive_q(Step& step);
   void receive_kv(Step& step);
-  double collect_awaited(std::optional<Awaited> plan);
+  double collect_awaited();
 
   Link& link_;
   AttentionExecutor& executor_;

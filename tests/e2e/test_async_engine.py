@@ -17,12 +17,11 @@ from lamina.convert import convert
 from lamina.engine.client import AsyncEngine
 from lamina.errors import EngineDead
 from lamina.types import EngineRequest, FinishReason, SamplingParams
-from support.engines import run_all, running, tiny_config, tokens
+from support.engines import run_all, running, tiny_config, tiny_llama_page_bytes, tokens
 from support.servers import VOCAB_SIZE, descendants
 
 NUM_REQUESTS = 64
-PAGE_BYTES = 6 * 2 * 8 * 8 * 4 * 3
-"""KV heads, k and v, head size, tokens, float32, layers of the tiny Llama."""
+PAGE_BYTES = tiny_llama_page_bytes(8)
 
 
 def mixed_requests() -> list[tuple[list[int], SamplingParams]]:

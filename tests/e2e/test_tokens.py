@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lamina._native import ThreadPool
 from lamina.convert import SlicedModel, SliceState, convert
 from lamina.types import FinishReason
 from support.engines import (
@@ -17,6 +18,7 @@ from support.engines import (
     run_all,
     running,
     tiny_config,
+    tiny_llama_page_bytes,
     tokens,
     transformers_greedy,
 )
@@ -41,6 +43,7 @@ def test_greedy_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
     prompts = make_prompts(PROMPT_LENGTHS)
     expected = transformers_greedy(eager, prompts, NUM_TOKENS)
     model = convert(tmp_path)
+    model.optimize(ThreadPool(1))
     for num_workers, transport in ((0, "auto"), (1, "shm"), (2, "tcp"), (3, "shm")):
         config = tiny_config(tmp_path, num_workers, transport=transport)
         with running(config, model) as started:
@@ -75,8 +78,7 @@ def alone(folder: Path, llama: SlicedModel) -> list[list[int]]:
         ]
 
 
-PAGE_BYTES = 6 * 2 * 8 * 16 * 4 * 3
-"""KV heads, k and v, head size, tokens, float32, layers of the tiny Llama."""
+PAGE_BYTES = tiny_llama_page_bytes(16)
 
 
 @pytest.mark.parametrize(

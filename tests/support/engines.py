@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from lamina.attention.spec import AttentionSpec
 from lamina.config import AttentionWorkerConfig, EngineConfig
 from lamina.convert import SlicedModel
 from lamina.engine.start import StartedEngine, start_engine
+from lamina.kv.pages import bytes_per_page
 from lamina.types import EngineRequest, FinishReason, SamplingParams, SequenceOutput
 
 
@@ -31,6 +33,17 @@ def tiny_config(folder: Path, num_workers: int, **changes: Any) -> EngineConfig:
         "step_deadline_s": 30.0,
     }
     return EngineConfig(**(fields | changes))
+
+
+def tiny_llama_page_bytes(page_tokens: int) -> int:
+    """Bytes of a page of the tiny Llama: 3 layers of 6 KV heads of 8, float32."""
+    specs = [
+        AttentionSpec(
+            layer=layer, num_query_heads=6, num_kv_heads=6, head_dim_k=8, head_dim_v=8, scale=1.0
+        )
+        for layer in range(3)
+    ]
+    return bytes_per_page(specs, page_tokens, "float32")
 
 
 @contextmanager
