@@ -17,7 +17,7 @@ constexpr int kLinesTogether = 64;
 /// come as a stream that the machine follows by itself; it only has to be told early enough of what
 /// lies some way ahead, as it stops at the ends of 4 KiB pages.
 constexpr ptrdiff_t kNearKeyBytes = 4096;
-constexpr int kNearKeyLines = 2;
+constexpr int kNearKeyLines = 2, kNearValueLines = 4;
 /// Cache lines of values that are fetched per line while its softmax computes, twice.
 constexpr int kSoftmaxFetches = 8;
 
@@ -193,23 +193,30 @@ void attend(const AttendArgs& a) {
     for (int head = 0; head < num_heads; ++head) {
       const std::byte* values = block.values + head * v_head_bytes;
       const std::byte* then = head + 1 < num_heads ? values + v_head_bytes : next.keys;
-      ValueTile<Math> tile{weights + head * lines * kWeightsStride,
+      auto* line_weights = weights + head * lines * kWeightsStride;
+      float* factors = scratch.factors + head * lines;
+      ValueTile<Math> tile{line_weights,
+                           line_weights + kBlockTokens / Math::kStep * Math::kOperandsPerStep,
                            kWeightsStride,
                            values,
                            group_bytes,
                            value_steps,
-                           nullptr,
                            {},
-                           scratch.factors + head * lines,
+                           factors,
                            state_of(head).acc,
                            layout.dv_padded};
-      if (const int rest = stop_lane % Math::kStep; rest != 0) {
-        tile.tail =
-            masked_group<Math>(values + value_steps * group_bytes, rest, layout, scratch.tail);
-      }
+      const int columns = layout.dv_padded / kLanes;
       const std::byte* from = near ? values + v_head_bytes / 2 : then;
-      multiply_values<Math>(tile, lines, layout.dv_padded / kLanes,
-                            {from, from + v_head_bytes, kAllLines});
+      multiply_values<Math>(tile, lines, columns,
+                            {from, from + v_head_bytes, near ? kNearValueLines : kAllLines});
+      if (const int rest = stop_lane % Math::kStep; rest != 0) {
+        for (int line = 0; line < lines; ++line) factors[line] = 1.0f;
+        tile.weights += value_steps * Math::kOperandsPerStep;
+        tile.values =
+            masked_group<Math>(values + value_steps * group_bytes, rest, layout, scratch.tail);
+        tile.steps = 1;
+        multiply_values<Math>(tile, lines, columns, {values, values, 0});
+      }
     }
     block = next;
   }

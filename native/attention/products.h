@@ -86,7 +86,6 @@ void value_columns(ValueTile<Math> tile, int columns, Fetches fetches) {
     tile.ahead = fetches.take(C, columns, tile.steps);
     value_tile<Math, R, C>(tile);
     tile.values += C * kColumnBytes;
-    if (tile.tail != nullptr) tile.tail += C * kColumnBytes;
     tile.acc += C * kLanes;
     columns -= C;
   };
@@ -105,6 +104,7 @@ void multiply_values(ValueTile<Math> tile, int lines, int columns, Fetches fetch
       if (take == r + 1) value_columns<Math, r + 1>(tile, columns, part);
     });
     tile.weights += take * tile.weights_stride;
+    tile.row_ends += take * tile.weights_stride;
     tile.factors += take;
     tile.acc += take * tile.acc_stride;
     left -= take;

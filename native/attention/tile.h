@@ -133,11 +133,11 @@ void score_tile(const ScoreTile<Math>& t) {
 template <typename Math>
 struct ValueTile {
   const typename Math::Operand* weights;
+  const typename Math::Operand* row_ends;
   ptrdiff_t weights_stride;
   const std::byte* values;
   ptrdiff_t group_bytes;
   int steps;
-  const std::byte* tail;  // one more group, or null
   Ahead ahead;
   const float* factors;  // [lines]
   float* acc;            // [lines][acc_stride]
@@ -152,14 +152,9 @@ void value_tile(const ValueTile<Math>& t) {
   unroll<R>([&](auto r) __attribute__((always_inline)) { unroll<C>([&](auto c) __attribute__((always_inline)) { acc[r][c] = Math::zero(); }); });
   multiply<Math, Side::values, R, C>(t.weights, t.weights_stride, t.values,
                                                 t.group_bytes, kColumnBytes, t.steps, t.ahead, acc);
-  if (t.tail != nullptr) {
-    multiply<Math, Side::values, R, C>(t.weights + t.steps * Math::kOperandsPerStep, t.weights_stride,
-                                              t.tail, 0, kColumnBytes, 1, Ahead{}, acc);
-  }
   unroll<R>([&](auto r) __attribute__((always_inline)) {
     const Vec factor = splat(t.factors[r]);
-    const auto* row_end =
-        t.weights + r * t.weights_stride + kBlockTokens / Math::kStep * Math::kOperandsPerStep;
+    const auto* row_end = t.row_ends + r * t.weights_stride;
     unroll<C>([&](auto c) __attribute__((always_inline)) {
       float* to = t.acc + r * t.acc_stride + c * kLanes;
       store(to, fma(load(to), factor, Math::template product<Side::values>(acc[r][c], row_end)));
