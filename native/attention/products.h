@@ -57,8 +57,7 @@ void score_lines(ScoreTile<Math> tile, int lines, Fetches fetches) {
 }
 
 template <typename Math>
-void multiply_keys(ScoreTile<Math> tile, int lines, int num_lane_blocks,
-                   Fetches fetches) {
+void multiply_keys(ScoreTile<Math> tile, int lines, int num_lane_blocks, Fetches fetches) {
   constexpr int kColumns = Math::kMaxColumns < 4 ? Math::kMaxColumns : 4;
   while (num_lane_blocks > 0) {
     const int take = num_lane_blocks >= kColumns ? kColumns : num_lane_blocks >= 2 ? 2 : 1;

@@ -118,7 +118,9 @@ struct ScoreTile {
 template <typename Math, int R, int C>
 void score_tile(const ScoreTile<Math>& t) {
   typename Math::Sum acc[R][C];
-  unroll<R>([&](auto r) __attribute__((always_inline)) { unroll<C>([&](auto c) __attribute__((always_inline)) { acc[r][c] = Math::zero(); }); });
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    unroll<C>([&](auto c) __attribute__((always_inline)) { acc[r][c] = Math::zero(); });
+  });
   multiply<Math, Side::keys, R, C>(t.q, t.q_stride, t.keys, t.step_bytes,
                                               t.column_bytes, t.steps, t.ahead, acc);
   unroll<R>([&](auto r) __attribute__((always_inline)) {
@@ -149,7 +151,9 @@ template <typename Math, int R, int C>
 void value_tile(const ValueTile<Math>& t) {
   constexpr ptrdiff_t kColumnBytes = kLanes * Math::kStep * Math::kItemBytes;
   typename Math::Sum acc[R][C];
-  unroll<R>([&](auto r) __attribute__((always_inline)) { unroll<C>([&](auto c) __attribute__((always_inline)) { acc[r][c] = Math::zero(); }); });
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    unroll<C>([&](auto c) __attribute__((always_inline)) { acc[r][c] = Math::zero(); });
+  });
   multiply<Math, Side::values, R, C>(t.weights, t.weights_stride, t.values,
                                                 t.group_bytes, kColumnBytes, t.steps, t.ahead, acc);
   unroll<R>([&](auto r) __attribute__((always_inline)) {
