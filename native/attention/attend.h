@@ -13,6 +13,18 @@ namespace {
 /// values are read from front to back, and no softmax waits for itself.
 constexpr int kLinesTogether = 64;
 
+/// Up to Math::kNearLines lines of a head are computed faster than memory delivers. Keys and values then
+/// come as a stream that the machine follows by itself; it only has to be told early enough of what
+/// lies some way ahead, as it stops at the ends of 4 KiB pages.
+constexpr ptrdiff_t kNearKeyBytes = 4096;
+constexpr int kNearKeyLines = 2, kNearValueLines = 4;
+/// Cache lines of values that are fetched per line while its softmax computes, twice.
+constexpr int kSoftmaxFetches = 8;
+
+inline void fetch(const std::byte*& next) {
+  for (int i = 0; i < kSoftmaxFetches; ++i, next += kCacheLine) __builtin_prefetch(next, 0, 2);
+}
+
 /// The last group of values, with zeros for tokens that the range does not have: what lies there may
 /// be anything, and not a number times a weight of zero is not zero.
 template <typename Math>
@@ -88,6 +100,10 @@ void attend(const AttendArgs& a) {
   const auto key_step_bytes = static_cast<ptrdiff_t>(layout.k_step_bytes);
   const auto group_bytes = static_cast<ptrdiff_t>(layout.v_group_bytes);
 
+  // Where memory is waited for, from within what is being read; else from where comes next.
+  const bool near = lines <= Math::kNearLines;
+  constexpr int kAllLines = 8;
+
   BlockWalk walk(a, heads_together, begin, end);
   Block block = walk.next();
   for (bool more = true; more;) {
@@ -99,12 +115,21 @@ void attend(const AttendArgs& a) {
     for (int head = 0; head < num_heads; ++head) {
       const std::byte* keys = block.keys + head * k_head_bytes;
       const std::byte* then = head + 1 < num_heads ? keys + k_head_bytes : block.values;
+      const std::byte* from = near ? keys + kNearKeyBytes : then;
+      const Fetches fetches{from, from + k_head_bytes, near ? kNearKeyLines : kAllLines};
       multiply_keys<Math>(
           {q + (block.head + head) * lines * q_stride, q_stride, keys, key_step_bytes,
            static_cast<ptrdiff_t>(layout.k_column_bytes), key_steps,
-           then,
+           {},
            scratch.scores + head * lines * kBlockTokens},
-          lines, num_lane_blocks, then + layout.k_head_bytes);
+          lines, num_lane_blocks, fetches);
+      if (Math::kCacheType == CacheType::int8) {
+        for (size_t i = 0; i < layout.scale_head_bytes; i += kCacheLine) {
+          const size_t offset = static_cast<size_t>(head) * layout.scale_head_bytes + i;
+          __builtin_prefetch(block.k_scales + offset);
+          __builtin_prefetch(block.v_scales + offset);
+        }
+      }
     }
 
     const bool all = first >= last_row_begin && block.stop_token <= first_row_end &&
@@ -123,12 +148,15 @@ void attend(const AttendArgs& a) {
       return reinterpret_cast<const float*>(of_first +
                                             static_cast<size_t>(head) * layout.scale_head_bytes);
     };
+    // The first values have been fetched with the last keys.
+    const std::byte* soon = block.values + (near ? 0 : v_head_bytes);
     for (int head = 0, line = 0; head < num_heads; ++head) {
       const State state = state_of(head);
       const float* k_scales = scales(head, block.k_scales);
       for (int row = 0, i = 0; row < a.num_rows; ++row) {
         const Visible lanes = visible(row);
         for (int g = 0; g < a.group; ++g, ++line, ++i) {
+          fetch(soon);
           scratch.peaks[line] = state.peak[i];
           scratch.sums[line] = finish_scores(scratch.scores + line * kBlockTokens, a, k_scales,
                                              num_lane_blocks, lanes);
@@ -150,6 +178,7 @@ void attend(const AttendArgs& a) {
       for (int row = 0, i = 0; row < a.num_rows; ++row) {
         const Visible lanes = visible(row);
         for (int g = 0; g < a.group; ++g, ++line, ++i) {
+          fetch(soon);
           const float sum = Math::weigh(scratch.scores + line * kBlockTokens, scratch.sums[line],
                                         v_scales, num_lane_blocks, lanes,
                                         weights + line * kWeightsStride);
@@ -164,21 +193,30 @@ void attend(const AttendArgs& a) {
     for (int head = 0; head < num_heads; ++head) {
       const std::byte* values = block.values + head * v_head_bytes;
       const std::byte* then = head + 1 < num_heads ? values + v_head_bytes : next.keys;
-      ValueTile<Math> tile{weights + head * lines * kWeightsStride,
+      auto* line_weights = weights + head * lines * kWeightsStride;
+      float* factors = scratch.factors + head * lines;
+      ValueTile<Math> tile{line_weights,
+                           line_weights + kBlockTokens / Math::kStep * Math::kOperandsPerStep,
                            kWeightsStride,
                            values,
                            group_bytes,
                            value_steps,
-                           nullptr,
-                           then,
-                           scratch.factors + head * lines,
+                           {},
+                           factors,
                            state_of(head).acc,
                            layout.dv_padded};
+      const int columns = layout.dv_padded / kLanes;
+      const std::byte* from = near ? values + v_head_bytes / 2 : then;
+      multiply_values<Math>(tile, lines, columns,
+                            {from, from + v_head_bytes, near ? kNearValueLines : kAllLines});
       if (const int rest = stop_lane % Math::kStep; rest != 0) {
-        tile.tail =
+        for (int line = 0; line < lines; ++line) factors[line] = 1.0f;
+        tile.weights += value_steps * Math::kOperandsPerStep;
+        tile.values =
             masked_group<Math>(values + value_steps * group_bytes, rest, layout, scratch.tail);
+        tile.steps = 1;
+        multiply_values<Math>(tile, lines, columns, {values, values, 0});
       }
-      multiply_values<Math>(tile, lines, layout.dv_padded / kLanes, then + layout.v_head_bytes);
     }
     block = next;
   }
@@ -216,6 +254,9 @@ struct PlainMath : FloatMath<kType, kMostLines> {
   static constexpr int kItemBytes = static_cast<int>(item_bytes(kType));
   static constexpr int kOperandsPerStep = pack_tokens(kType);
   static constexpr int kRowExtra = 0;
+  static constexpr int kNearLines = 0;
+  static constexpr int kValueLines = 2;
+  static constexpr int kValueColumns = kMostLines * kMostColumns / 2;
 
   static void pack_queries(const AttendArgs& a, int head, float* q) {
     const int dk = a.pages.layout->dk_padded;

@@ -15,8 +15,10 @@ struct ByteMath {
   static constexpr int kOperandsPerStep = 2;  // four high bytes, four low bytes
   static constexpr int kRowExtra = 2;         // the row's scale and, for queries, the correction
   static constexpr int kItemBytes = 1;
-  static constexpr int kMaxLines = 3;
+  static constexpr int kMaxLines = 2;
   static constexpr int kMaxColumns = 4;
+  static constexpr int kNearLines = 0;
+  static constexpr int kValueLines = 2, kValueColumns = 4;
   static constexpr int kQueryBase = 128, kWeightBase = 256;  // what a high byte counts
   using Operand = int32_t;
   struct Sum {

@@ -18,6 +18,8 @@ struct Bf16Math {
   static constexpr int kItemBytes = 2;
   static constexpr int kMaxLines = 6;
   static constexpr int kMaxColumns = 4;
+  static constexpr int kNearLines = 4;
+  static constexpr int kValueLines = 2, kValueColumns = 8;
   using Operand = uint16_t;
   using Sum = Vec;
   struct Column {

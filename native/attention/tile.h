@@ -65,49 +65,39 @@ template <int N, typename F>
   }(std::make_integer_sequence<int, N>{});
 }
 
-/// What a tile fetches into the second-level cache while it computes. Prefetches of this kind are
-/// dropped when memory is busy, so that they pay only where it would be idle.
-enum class Prefetch {
-  /// Nothing: the machine's own prefetching does better while keys or values stream in.
-  none,
-  /// What the tile itself reads soon: for one line, which computes faster than memory delivers.
-  along,
-  /// What comes next, for tiles whose keys or values are in the caches already.
-  next,
+constexpr ptrdiff_t kCacheLine = 64;
+
+/// What to fetch into the second-level cache while computing: in each step `lines` cache lines, and
+/// from step to step `step_bytes` further on. The machine drops what it cannot take at once, so that
+/// fetches are spread evenly over the steps.
+struct Ahead {
+  const std::byte* next;
+  int lines;
+  ptrdiff_t step_bytes;
+
+  [[gnu::always_inline]] void fetch() {
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(next + i * kCacheLine, 0, 2);
+    next += step_bytes;
+  }
 };
 
-constexpr int kCacheLine = 64;
-constexpr ptrdiff_t kAlongBytes = 4096;
-
-/// Cache lines that memory delivers while a step of R lines and C columns is computed.
-constexpr int lines_ahead(int r, int c) { return r * c >= 8 ? r * c / 8 : 1; }
-
-/// acc[R][C] += a [R][steps] * b [steps][C].
-template <typename Math, Side side, int R, int C, Prefetch kPrefetch>
+/// acc[R][C] += a [R][steps] * b [steps][C]. Fetches what is ahead.
+template <typename Math, Side side, int R, int C>
 [[gnu::always_inline]] inline void multiply(const typename Math::Operand* a, ptrdiff_t a_stride,
                                             const std::byte* b, ptrdiff_t step_bytes,
                                             ptrdiff_t column_bytes, int steps,
-                                            const std::byte* next,
-                                            typename Math::Sum (&acc)[R][C]) {
+                                            Ahead ahead, typename Math::Sum (&acc)[R][C]) {
   for (int step = 0; step < steps; ++step) {
     typename Math::Column columns[C];
     unroll<C>([&](auto c) __attribute__((always_inline)) {
       columns[c] = Math::template load_column<side>(b + c * column_bytes);
-      if constexpr (kPrefetch == Prefetch::along) {
-        __builtin_prefetch(b + c * column_bytes + kAlongBytes, 0, 2);
-      }
     });
     unroll<R>([&](auto r) __attribute__((always_inline)) {
       unroll<C>([&](auto c) __attribute__((always_inline)) {
         Math::template multiply_add<side>(acc[r][c], a + r * a_stride, columns[c]);
       });
     });
-    if constexpr (kPrefetch == Prefetch::next) {
-      unroll<lines_ahead(R, C)>([&](auto i) __attribute__((always_inline)) {
-        __builtin_prefetch(next + i * kCacheLine, 0, 2);
-      });
-      next += lines_ahead(R, C) * kCacheLine;
-    }
+    ahead.fetch();
     a += Math::kOperandsPerStep;
     b += step_bytes;
   }
@@ -120,17 +110,19 @@ struct ScoreTile {
   const std::byte* keys;
   ptrdiff_t step_bytes, column_bytes;
   int steps;
-  const std::byte* next;  // what to prefetch
+  Ahead ahead;
   float* scores;  // [lines][kBlockTokens]
 };
 
 /// Products of R lines and C times 16 tokens.
-template <typename Math, int R, int C, Prefetch kPrefetch>
+template <typename Math, int R, int C>
 void score_tile(const ScoreTile<Math>& t) {
   typename Math::Sum acc[R][C];
-  unroll<R>([&](auto r) __attribute__((always_inline)) { unroll<C>([&](auto c) __attribute__((always_inline)) { acc[r][c] = Math::zero(); }); });
-  multiply<Math, Side::keys, R, C, kPrefetch>(t.q, t.q_stride, t.keys, t.step_bytes,
-                                              t.column_bytes, t.steps, t.next, acc);
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    unroll<C>([&](auto c) __attribute__((always_inline)) { acc[r][c] = Math::zero(); });
+  });
+  multiply<Math, Side::keys, R, C>(t.q, t.q_stride, t.keys, t.step_bytes,
+                                              t.column_bytes, t.steps, t.ahead, acc);
   unroll<R>([&](auto r) __attribute__((always_inline)) {
     const auto* row_end = t.q + r * t.q_stride + t.steps * Math::kOperandsPerStep;
     unroll<C>([&](auto c) __attribute__((always_inline)) {
@@ -143,33 +135,30 @@ void score_tile(const ScoreTile<Math>& t) {
 template <typename Math>
 struct ValueTile {
   const typename Math::Operand* weights;
+  const typename Math::Operand* row_ends;
   ptrdiff_t weights_stride;
   const std::byte* values;
   ptrdiff_t group_bytes;
   int steps;
-  const std::byte* tail;  // one more group, or null
-  const std::byte* next;  // what to prefetch
+  Ahead ahead;
   const float* factors;  // [lines]
   float* acc;            // [lines][acc_stride]
   ptrdiff_t acc_stride;
 };
 
 /// acc = acc * factor + weights * values for R lines and C times 16 elements of the output.
-template <typename Math, int R, int C, Prefetch kPrefetch>
+template <typename Math, int R, int C>
 void value_tile(const ValueTile<Math>& t) {
   constexpr ptrdiff_t kColumnBytes = kLanes * Math::kStep * Math::kItemBytes;
   typename Math::Sum acc[R][C];
-  unroll<R>([&](auto r) __attribute__((always_inline)) { unroll<C>([&](auto c) __attribute__((always_inline)) { acc[r][c] = Math::zero(); }); });
-  multiply<Math, Side::values, R, C, kPrefetch>(t.weights, t.weights_stride, t.values,
-                                                t.group_bytes, kColumnBytes, t.steps, t.next, acc);
-  if (t.tail != nullptr) {
-    multiply<Math, Side::values, R, C, Prefetch::none>(t.weights + t.steps * Math::kOperandsPerStep, t.weights_stride,
-                                              t.tail, 0, kColumnBytes, 1, nullptr, acc);
-  }
+  unroll<R>([&](auto r) __attribute__((always_inline)) {
+    unroll<C>([&](auto c) __attribute__((always_inline)) { acc[r][c] = Math::zero(); });
+  });
+  multiply<Math, Side::values, R, C>(t.weights, t.weights_stride, t.values,
+                                                t.group_bytes, kColumnBytes, t.steps, t.ahead, acc);
   unroll<R>([&](auto r) __attribute__((always_inline)) {
     const Vec factor = splat(t.factors[r]);
-    const auto* row_end =
-        t.weights + r * t.weights_stride + kBlockTokens / Math::kStep * Math::kOperandsPerStep;
+    const auto* row_end = t.row_ends + r * t.weights_stride;
     unroll<C>([&](auto c) __attribute__((always_inline)) {
       float* to = t.acc + r * t.acc_stride + c * kLanes;
       store(to, fma(load(to), factor, Math::template product<Side::values>(acc[r][c], row_end)));

@@ -19,7 +19,7 @@ import torch
 
 from lamina import _native
 from lamina.attention.spec import AttentionSpec
-from lamina.kv.pages import bytes_per_page, layer_specs
+from lamina.kv.pages import layer_specs
 from lamina.types import ceil_div
 
 LEAST_BYTES = 320 << 20
@@ -131,21 +131,6 @@ class Subject:
             array("i", [len(table) for table in tables]),
             array("i", [page for table in tables for page in table]),
         )
-
-
-def memory_bytes(case: Case) -> int:
-    """About what `measure` of this case takes."""
-    spec = AttentionSpec(
-        layer=0,
-        num_query_heads=case.kv_heads,
-        num_kv_heads=case.kv_heads,
-        head_dim_k=case.head_dim,
-        head_dim_v=case.head_dim,
-        scale=1.0,
-    )
-    page = bytes_per_page([spec], case.page_tokens, case.cache_dtype)
-    layer = page * case.batch * ceil_div(case.context + 1, case.page_tokens)
-    return layer * max(1, ceil_div(LEAST_BYTES, layer)) + LEAST_BYTES
 
 
 def measure(cases: Sequence[Case], turns: int) -> list[Figure]:
