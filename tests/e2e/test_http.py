@@ -12,11 +12,12 @@ import openai
 import pytest
 from openai.types import Completion
 
+from support.engines import tiny_llama_page_bytes
 from support.servers import Server, serving, wait_until
 
 MODEL = "tiny"
 MAX_MODEL_LEN = 96
-MEMORY = "110KiB"
+MEMORY = str(24 * tiny_llama_page_bytes(8, num_workers=2))
 """24 pages of 8 tokens: two sequences of full length. 16 are admitted long before they are long."""
 PROMPT = "bakdelfit"
 

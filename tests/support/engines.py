@@ -35,15 +35,12 @@ def tiny_config(folder: Path, num_workers: int, **changes: Any) -> EngineConfig:
     return EngineConfig(**(fields | changes))
 
 
-def tiny_llama_page_bytes(page_tokens: int) -> int:
-    """Bytes of a page of the tiny Llama: 3 layers of 6 KV heads of 8, float32."""
-    specs = [
-        AttentionSpec(
-            layer=layer, num_query_heads=6, num_kv_heads=6, head_dim_k=8, head_dim_v=8, scale=1.0
-        )
-        for layer in range(3)
-    ]
-    return bytes_per_page(specs, page_tokens, "float32")
+def tiny_llama_page_bytes(page_tokens: int, num_workers: int = 1) -> int:
+    """Bytes of a page of the tiny Llama: 3 layers of 6 KV heads of 8, float32, shared by heads."""
+    spec = AttentionSpec(
+        layer=0, num_query_heads=6, num_kv_heads=6, head_dim_k=8, head_dim_v=8, scale=1.0
+    )
+    return bytes_per_page([spec.shard(0, 6 // num_workers)] * 3, page_tokens, "float32")
 
 
 @contextmanager
