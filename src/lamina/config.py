@@ -130,7 +130,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     worker_num_threads: int | None = None
     """Threads of each attention worker."""
     model_cores: tuple[int, ...] = ()
-    """Cores that the model worker may use; empty: all that this process may."""
+    """Cores that the model worker is kept to, one per thread while there are enough; empty: any."""
     worker_cores: tuple[int, ...] = ()
     """Cores for the attention workers, dealt out in order, `worker_num_threads` each while there
     are enough; empty: all that this process may use."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from lamina._native import ThreadPool
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel, convert
 from lamina.engine.engine import Engine
 from lamina.kv.pages import cache_dtype_name
 from lamina.workers.deployment import Machine, resolve
 from lamina.workers.fleet import ExecutorFleet
-from lamina.workers.process import limit_threads, start_fork_server
+from lamina.workers.process import limit_threads, pinned_pool, start_fork_server
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +55,8 @@ def start_engine(
         model.max_model_len,
         this_machine(),
     )
-    if config.model_cores:
-        os.sched_setaffinity(0, config.model_cores)
     limit_threads(deployment.num_threads)
-    pool = ThreadPool(deployment.num_threads)
+    pool = pinned_pool(deployment.num_threads, config.model_cores)
     if not is_given:
         model.optimize(pool, compile=config.compile)
     fleet = ExecutorFleet.start(config, model, deployment, pool)

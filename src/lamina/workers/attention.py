@@ -31,6 +31,7 @@ from lamina.transport.wire import (
     ShutdownWorker,
     WorkerError,
 )
+from lamina.workers.process import pinned_pool
 from lamina.workers.serving import ExecutorServer
 
 logger = logging.getLogger("lamina.attention")
@@ -61,8 +62,6 @@ def run_attention_worker(start: WorkerStart) -> None:
             still hear it.
     """
     _show_name(start.name)
-    if start.cores:
-        os.sched_setaffinity(0, start.cores)
     try:
         _join_and_serve(start)
     except LaminaError as error:
@@ -82,7 +81,7 @@ def _join_and_serve(start: WorkerStart) -> None:
     )
     control = ControlClient(start.address, JoinToken.parse(start.token), join, deadline=deadline)
     try:
-        _Worker(control, start.num_threads, deadline).serve()
+        _Worker(control, pinned_pool(start.num_threads, start.cores), deadline).serve()
     except Exception as error:  # whatever it is, the engine must learn of it
         if control.engine_lost is None:
             control.send(WorkerError(type(error).__name__, str(error)))
@@ -94,7 +93,7 @@ def _join_and_serve(start: WorkerStart) -> None:
 class _Worker:
     """An attention worker that has joined."""
 
-    def __init__(self, control: ControlClient, num_threads: int, deadline: float) -> None:
+    def __init__(self, control: ControlClient, pool: ThreadPool, deadline: float) -> None:
         self._control = control
         self._queries: list[Incoming] = []
         incoming = control.receive(deadline)
@@ -109,7 +108,7 @@ class _Worker:
                 num_pages=assign.num_pages,
                 page_tokens=assign.page_tokens,
                 kv_cache_dtype=assign.kv_cache_dtype,
-                pool=ThreadPool(num_threads),
+                pool=pool,
             )
         except LaminaError as error:
             control.reply(incoming, WorkerError(type(error).__name__, str(error)))

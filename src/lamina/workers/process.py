@@ -14,9 +14,11 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, util
 from multiprocessing.connection import wait as wait_for_any
+
+from lamina._native import ThreadPool
 
 ORPHAN_EXIT_CODE = 70
 """Of a process whose parent died."""
@@ -70,6 +72,21 @@ def limit_threads(num_threads: int) -> None:
     import torch
 
     torch.set_num_threads(num_threads)
+
+
+def pinned_pool(num_threads: int, cores: Sequence[int]) -> ThreadPool:
+    """Threads for native work, kept to `cores`: one each while there are enough, else any of them.
+
+    The calling thread is the pool's first, and is kept there too. No cores: nothing is pinned.
+    """
+    if not cores:
+        return ThreadPool(num_threads)
+    os.sched_setaffinity(0, cores)
+    if len(cores) < num_threads:
+        return ThreadPool(num_threads)
+    pool = ThreadPool(num_threads, list(cores[:num_threads]))
+    os.sched_setaffinity(0, cores[:1])
+    return pool
 
 
 def start_fork_server() -> None:

@@ -13,7 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from lamina.workers.process import ORPHAN_EXIT_CODE, WorkerProcess, start_fork_server
+from lamina.workers.process import (
+    ORPHAN_EXIT_CODE,
+    WorkerProcess,
+    pinned_pool,
+    start_fork_server,
+)
 
 Start = Callable[..., WorkerProcess]
 
@@ -237,3 +242,20 @@ def test_fork_server_starts_without_waiting() -> None:
     begin = time.monotonic()
     start_fork_server()
     assert time.monotonic() - begin < 0.5
+
+
+def test_a_pool_is_kept_to_its_cores() -> None:
+    core = min(os.sched_getaffinity(0))
+    seen: list[set[int]] = []
+
+    def pin() -> None:
+        before = os.sched_getaffinity(0)
+        pinned_pool(2, ())
+        seen.append(os.sched_getaffinity(0) - before)
+        pinned_pool(2, (core,))
+        seen.append(os.sched_getaffinity(0))
+
+    thread = threading.Thread(target=pin)  # affinity belongs to a thread
+    thread.start()
+    thread.join()
+    assert seen == [set(), {core}]
