@@ -22,8 +22,9 @@ for library in libasan.so libubsan.so libstdc++.so; do
 done
 tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
-  tests=(tests/contract tests/numerics/test_attention.py tests/unit/attention tests/unit/kv
-    tests/unit/native tests/unit/transport tests/unit/workers/test_serving.py)
+  tests=(tests/contract tests/numerics/test_attention.py tests/numerics/test_dense.py
+    tests/numerics/test_native_attention.py tests/unit/attention tests/unit/kv
+    tests/unit/transport tests/unit/workers/test_serving.py)
 fi
 LD_PRELOAD="${libraries[*]}" \
   ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \

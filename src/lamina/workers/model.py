@@ -71,7 +71,7 @@ class ModelWorker:
             logit_rows_R: int64, the rows whose logits are wanted.
 
         Returns:
-            Logits, float32 [R, vocabulary]; empty for a plan without rows.
+            Logits [R, vocabulary] in the model's dtype; empty for a plan without rows.
 
         Raises:
             PeerLost, DeadlineExceeded, ProtocolMismatch: an executor failed; the step is void.
@@ -79,7 +79,7 @@ class ModelWorker:
         step_start = time.perf_counter()
         routes = self._start(plan)
         if not plan.spans:
-            return torch.empty(0, self.model.vocab_size)
+            return torch.empty(0, self.model.vocab_size, dtype=self.model.dtype)
         model, times = self.model, self.times
         num_layers = len(model.attention_specs)
         sends_q = [r for r in routes if r.attends]

@@ -247,3 +247,20 @@ def test_a_new_plan_replaces_a_step_that_was_given_up() -> None:
         out = exchange(end, prompt_plan(step=3), qkv)
         torch.testing.assert_close(out, expected(qkv))
         assert worker.error is None
+
+
+def test_a_plan_does_not_overtake_the_layers_of_a_step_without_outputs() -> None:
+    """Nobody waits for a step that only stores: the next plan may be here before it is served."""
+    ours, theirs = inproc_pair("engine", "worker")
+    executor = make_executor()
+    server = make_server(theirs, executor)
+    end = make_end(1, ours)
+    _, k, v = tensors(5)
+    stored = StepPlan(1, 0, (Span(1, 5, 0, (LOCAL,), (LOCAL, 1)),))
+    route = post_plan(end, stored)
+    server.serve(time.monotonic())
+    route.post_kv(0, message_number(1, 0, 1), k, v, time.monotonic() + WAIT_S)
+    post_plan(end, StepPlan(2, 0, (Span(1, 1, 5, (1,), (1,)),)))
+    server.serve(time.monotonic())
+    assert [event[0] for event in server.loop.events()] == [message_number(1, 0, 1)]
+    assert server.num_plans == 2
