@@ -21,6 +21,8 @@ and attention workers take turns on the same cores: a thread that spins for mill
 default) keeps the others from theirs, one that sleeps at once takes as long to wake as its work.
 """
 
+MAX_PIPELINE_DEPTH = 16
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
           "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}  # fmt: skip
 
@@ -42,10 +44,14 @@ class AttentionWorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_un
     device: Literal["cpu"] = "cpu"
     memory_bytes: int | None = None
     """None: `EngineConfig.attention_memory_bytes`."""
+    num_threads: int | None = None
+    """None: `EngineConfig.worker_num_threads`."""
 
     def __post_init__(self) -> None:
         if self.memory_bytes is not None and self.memory_bytes <= 0:
             raise ConfigError(f"attention_workers memory must be positive, got {self.memory_bytes}")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError(f"attention_workers threads must be positive, got {self.num_threads}")
 
 
 def parse_memory(text: str, field: str) -> int | float:
@@ -68,20 +74,48 @@ def parse_cores(text: str, field: str) -> tuple[int, ...]:
     return tuple(cores)
 
 
+def parse_weights(text: str) -> tuple[float, ...]:
+    """`2,1` -> (2.0, 1.0)."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"attention_weights must be numbers such as 2,1, one per attention worker, got {text!r}"
+        ) from None
+
+
+def parse_count(text: str, field: str) -> int | None:
+    """`auto` -> None; `3` -> 3."""
+    if text == "auto":
+        return None
+    if not re.fullmatch(r"\s*[0-9]+\s*", text):
+        raise ConfigError(f"{field} must be a number or auto, got {text!r}")
+    return int(text)
+
+
 def parse_attention_workers(text: str) -> tuple[AttentionWorkerConfig, ...]:
-    """`2` or `cpu:8GiB,cpu:4GiB` -> one config per worker; ConfigError for anything else."""
+    """`2` or `cpu:8GiB,cpu:4GiB:1` (memory, then threads) -> one config per worker.
+
+    Raises:
+        ConfigError: it is anything else.
+    """
     if re.fullmatch(r"[0-9]+", text.strip()):
         return tuple(AttentionWorkerConfig() for _ in range(int(text)))
     workers = []
     for part in text.split(","):
-        device, _, memory = part.strip().partition(":")
-        if device != "cpu":
+        match = re.fullmatch(r"\s*cpu(?::([^:]*))?(?::([0-9]+))?\s*", part)
+        if match is None:
             raise ConfigError(
                 f"attention_workers must be a count or a list such as cpu:8GiB,cpu:4GiB, "
                 f"got {text!r}"
             )
-        size = parse_bytes(memory, "attention_workers memory") if memory else None
-        workers.append(AttentionWorkerConfig(memory_bytes=size))
+        memory, threads = match.groups()
+        workers.append(
+            AttentionWorkerConfig(
+                memory_bytes=parse_bytes(memory, "attention_workers memory") if memory else None,
+                num_threads=int(threads) if threads else None,
+            )
+        )
     return tuple(workers)
 
 
@@ -106,7 +140,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Tokens per KV page."""
     attention: Literal["local", "remote"] = "remote"
     attention_workers: tuple[AttentionWorkerConfig, ...] = (AttentionWorkerConfig(),)
-    attention_partition: Literal["auto", "heads", "requests"] = "auto"
+    attention_partition: Literal["auto", "heads", "requests", "tokens"] = "auto"
+    """What attention workers share: the heads of every sequence, sequences, or each sequence's
+    tokens. auto: heads where there are enough, else sequences; tokens where nothing else fits."""
+    attention_weights: tuple[float, ...] | None = None
+    """Share of the work of each attention worker, as ratios. None: as fast as each turns out."""
+    pipeline_depth: int | None = None
+    """Micro-batches in flight. None: chosen from measured times, and again while running."""
+    model_replicas: int = 1
+    """Copies of the model that the slices of a micro-batch rotate over, each in its own process."""
+    tensor_parallel_size: int = 1
+    """Processes that each replica's heads and weights are divided among."""
     kv_cache_dtype: Literal["auto", "int8"] = "auto"
     """auto: the model's dtype; int8: about half of bfloat16's bytes, with a scale per token and
     head."""
@@ -149,6 +193,26 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(f"{field} must be {want}, got {getattr(self, field)}")
 
         need(self.busy_poll_s >= 0, "busy_poll_s", "at least 0")
+        need(
+            self.pipeline_depth is None or 1 <= self.pipeline_depth <= MAX_PIPELINE_DEPTH,
+            "pipeline_depth",
+            f"between 1 and {MAX_PIPELINE_DEPTH}",
+        )
+        need(self.model_replicas >= 1, "model_replicas", "at least 1")
+        need(self.tensor_parallel_size >= 1, "tensor_parallel_size", "at least 1")
+        if self.pipeline_depth is not None and self.pipeline_depth < self.model_replicas:
+            raise ConfigError(
+                f"pipeline_depth ({self.pipeline_depth}) must be at least model_replicas "
+                f"({self.model_replicas}): a replica without a micro-batch has nothing to do"
+            )
+        weights = self.attention_weights
+        if weights is not None:
+            need(all(w > 0 for w in weights), "attention_weights", "positive")
+            need(
+                len(weights) == len(self.attention_workers),
+                "attention_weights",
+                f"one per attention worker ({len(self.attention_workers)})",
+            )
         share = self.attention_memory_fraction
         need(share is None or 0.0 < share <= 1.0, "attention_memory_fraction", "in (0, 1]")
         if share is not None and self.attention_memory_bytes is not None:

@@ -133,6 +133,31 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True):
     """What went wrong when `finish_reason` is ERROR."""
 
 
+class Share(msgspec.Struct, frozen=True, array_like=True):
+    """The part of a sequence's KV that one executor keeps: some head units of some tokens.
+
+    Head units: see `attention.partition`. A *placement* is shares that cover every unit of every
+    token exactly once; for each unit the one with an open end takes the new tokens.
+    """
+
+    executor: int
+    unit_start: int
+    unit_stop: int
+    token_start: int = 0
+    """A multiple of the page's tokens."""
+    token_stop: int | None = None
+    """None: open. Otherwise a multiple of the page's tokens."""
+
+    @property
+    def num_units(self) -> int:
+        return self.unit_stop - self.unit_start
+
+    def num_tokens(self, length: int) -> int:
+        """Tokens that lie here of a sequence of `length` tokens."""
+        stop = length if self.token_stop is None else min(length, self.token_stop)
+        return max(0, stop - self.token_start)
+
+
 class Span(msgspec.Struct, frozen=True, array_like=True):
     """The consecutive rows of one sequence in a step."""
 
@@ -140,10 +165,11 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
     num_rows: int
     context_tokens: int
     """Tokens of the sequence whose k and v are committed; the first row's position."""
-    attend_on: tuple[int, ...]
-    """Executors that compute these rows' attention, each for its heads; together all heads."""
-    store_on: tuple[int, ...]
-    """Executors that keep these rows' k and v; contains `attend_on`."""
+    attend_on: tuple[Share, ...]
+    """Where these rows' attention is computed: disjoint shares, together all units and tokens."""
+    store_on: tuple[Share, ...]
+    """Where these rows' k and v are kept; contains `attend_on`. A share takes the rows whose
+    positions lie in it."""
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
@@ -162,52 +188,88 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
 
     def executors(self) -> set[int]:
         """Executors that take part in this step or have pages to release."""
-        return {e for span in self.spans for e in span.store_on} | {e for e, _ in self.releases}
+        return {s.executor for span in self.spans for s in span.store_on} | {
+            e for e, _ in self.releases
+        }
 
     def for_executor(self, executor: int) -> ExecutorPlan:
         """The part of this plan that concerns one executor."""
+        spans = []
+        is_partial = False
+        for span in self.spans:
+            for share in span.store_on:
+                if share.executor != executor:
+                    continue
+                attends = share in span.attend_on
+                part = _executor_span(span, share, attends=attends)
+                if part is not None:
+                    spans.append(part)
+                    is_partial |= attends and share.num_tokens(
+                        span.context_tokens + span.num_rows
+                    ) < (span.context_tokens + span.num_rows)
         return ExecutorPlan(
             step=self.step,
             micro_batch=self.micro_batch,
-            spans=tuple(
-                ExecutorSpan(s.sequence, s.num_rows, s.context_tokens, executor in s.attend_on)
-                for s in self.spans
-                if executor in s.store_on
-            ),
+            spans=tuple(spans),
             releases=tuple(sequence for e, sequence in self.releases if e == executor),
+            is_partial=is_partial,
         )
 
 
+def _executor_span(span: Span, share: Share, *, attends: bool) -> ExecutorSpan | None:
+    """What one share has to do with a span; None: nothing yet or nothing any more."""
+    before = share.num_tokens(span.context_tokens)
+    num_stored = share.num_tokens(span.context_tokens + span.num_rows) - before
+    if num_stored == 0 and not (attends and before):
+        return None
+    assert not attends or num_stored in (0, span.num_rows), (
+        "rows that attend to each other are stored by one executor"
+    )
+    return ExecutorSpan(
+        sequence=span.sequence,
+        unit_start=share.unit_start,
+        unit_stop=share.unit_stop,
+        context_tokens=before,
+        num_attending=span.num_rows if attends else 0,
+        num_stored=num_stored,
+        first_position=span.context_tokens - share.token_start,
+    )
+
+
 class ExecutorSpan(msgspec.Struct, frozen=True, array_like=True):
-    """A span as one executor sees it."""
+    """A share of a span as its executor sees it: tokens and positions count from the share's first
+    token."""
 
     sequence: int
-    num_rows: int
+    unit_start: int
+    unit_stop: int
     context_tokens: int
-    """The committed length: the executor truncates the sequence to it before it appends."""
-    attends: bool
-    """False: only store k and v (prompt rows that attend elsewhere); no q comes, no output goes."""
+    """The committed length: the executor truncates the share to it before it appends."""
+    num_attending: int
+    """Rows that attend here: all of the span, or none (no q comes, no output goes)."""
+    num_stored: int
+    """Rows whose k and v are appended here. If rows attend: the same rows, or none."""
+    first_position: int
+    """Of the first row that attends, from the share's first token; `context_tokens` or more. If
+    rows are stored that do not attend, they begin at `context_tokens` all the same."""
 
 
 class ExecutorPlan(msgspec.Struct, frozen=True, array_like=True):
     """What one executor must know of a step, ahead of layer 0.
 
-    k and v payloads hold the rows of all spans in order; q and output payloads only the rows of
-    spans that attend, in the same order.
+    An executor keeps KV in *lanes*: one per sequence and `page_units` head units (set when it is
+    started), each with pages of its own. Payloads hold, span by span and for each of its lanes in
+    the order of the units, the rows of the lane's heads: q and out those that attend, k and v those
+    that are stored (all k, then all v).
     """
 
     step: int
     micro_batch: int
     spans: tuple[ExecutorSpan, ...]
     releases: tuple[int, ...] = ()
-
-    @property
-    def num_rows(self) -> int:
-        return sum(span.num_rows for span in self.spans)
-
-    @property
-    def num_attending_rows(self) -> int:
-        return sum(span.num_rows for span in self.spans if span.attends)
+    is_partial: bool = False
+    """Other executors attend to other tokens of some rows: outputs are float32, followed by the
+    float32 LSE of every row and head, and sinks count only where the row itself is stored."""
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -14,7 +14,9 @@ from lamina.config import (
     parse_attention_workers,
     parse_bytes,
     parse_cores,
+    parse_count,
     parse_memory,
+    parse_weights,
 )
 from lamina.demo import demo_model_path
 
@@ -53,6 +55,15 @@ _OPTIONS: dict[str, tuple[Any, object]] = {
     "model_cores": _option(
         str | None, None, "Cores of the model worker, such as 0-3; default: any.", _ENGINE
     ),
+    "pipeline_depth": _option(
+        str, "auto", "Micro-batches in flight; auto: chosen from measured times.", _ENGINE
+    ),
+    "model_replicas": _option(
+        int, 1, "Copies of the model that micro-batches rotate over.", _ENGINE
+    ),
+    "tensor_parallel_size": _option(
+        int, 1, "Processes that each replica's heads and weights are divided among.", _ENGINE
+    ),
     "compile": _option(
         bool, False, "Compile the slices with Inductor; takes a while at start-up.", _ENGINE
     ),
@@ -64,8 +75,13 @@ _OPTIONS: dict[str, tuple[Any, object]] = {
         str, "1", "How many, or one device and KV memory each: cpu:8GiB,cpu:4GiB.", _ATTENTION
     ),
     "attention_partition": _option(
-        Literal["auto", "heads", "requests"], "auto",
-        "What each worker gets; auto: heads where they divide, else requests.", _ATTENTION,
+        Literal["auto", "heads", "requests", "tokens"], "auto",
+        "What the workers share; auto: heads where there are enough, else requests.", _ATTENTION,
+    ),
+    "attention_weights": _option(
+        str | None, None,
+        "Shares of the workers as ratios, such as 2,1; default: as fast as each turns out.",
+        _ATTENTION,
     ),
     "kv_cache_dtype": _option(
         Literal["auto", "int8"], "auto",
@@ -144,6 +160,8 @@ def engine_config(
     model: str | None,
     *,
     attention_workers: str,
+    attention_weights: str | None,
+    pipeline_depth: str,
     attention_memory: str | None,
     local_memory: str | None,
     model_cores: str | None,
@@ -155,6 +173,8 @@ def engine_config(
     return EngineConfig(
         model=model if model is not None else str(demo_model_path()),
         attention_workers=parse_attention_workers(attention_workers),
+        attention_weights=parse_weights(attention_weights) if attention_weights else None,
+        pipeline_depth=parse_count(pipeline_depth, "pipeline_depth"),
         attention_memory_bytes=memory if isinstance(memory, int) else None,
         attention_memory_fraction=memory if isinstance(memory, float) else None,
         local_memory_bytes=parse_bytes(local_memory, "local_memory") if local_memory else None,

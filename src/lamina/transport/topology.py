@@ -1,14 +1,15 @@
 """Which mailboxes a link has, and how large they are. Pure functions, no torch.
 
-Between the model worker and each attention executor:
+    engine        --PLAN---->  executor      ExecutorPlan, msgpack; numbered 1, 2, 3, ... per link
+    model worker  --Q------->  executor      q    of the rows that attend there
+    model worker  --KV------>  executor      k, v of the rows that are stored there
+    executor      --OUT----->  model worker  out  of the rows that attend there
+    executor      --REPORT-->  engine        when each layer of a step was served
 
-    model worker  --PLAN-->  executor     ExecutorPlan, msgpack; numbered 1, 2, 3, ... per link
-    model worker  --Q----->  executor     q    [attending rows, query heads, head_dim_k]
-    model worker  --KV---->  executor     k, v [all rows, KV heads, head_dim_k], [.., head_dim_v]
-    executor      --OUT--->  model worker out  [attending rows, query heads, head_dim_v]
-
-Heads are those of the executor's share. Q, KV and OUT exist once per micro-batch in flight and are
-numbered by `message_number`.
+`ExecutorPlan` says in which order the payloads' rows and heads come. Q, KV, OUT and REPORT exist
+once per micro-batch in flight; Q, KV and OUT are numbered by `message_number`, REPORT by the step.
+Where engine and model worker are one process, one link has all of them; otherwise the engine's link
+has PLAN and REPORT, the others have Q, KV and OUT.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from typing import NamedTuple
 from lamina.attention.spec import AttentionSpec
 
 PLAN_MAILBOX = 1
-_MAILBOXES_PER_MICRO_BATCH = 3
-PLAN_BYTES_PER_SPAN = 64
+_MAILBOXES_PER_MICRO_BATCH = 4
+PLAN_BYTES_PER_SPAN = 96
 PLAN_BASE_BYTES = 4096
+REPORT_BYTES_PER_LAYER = 32
+"""Four float64, seconds of the executor's monotonic clock: attention over cached tokens began (q was
+there) and ended, the rest began (k and v were there) and ended (the output was posted)."""
 
 
 class StepMailboxes(NamedTuple):
@@ -30,9 +34,11 @@ class StepMailboxes(NamedTuple):
     q: int
     kv: int
     out: int
+    report: int
     q_bytes: int
     kv_bytes: int
     out_bytes: int
+    report_bytes: int
 
 
 def message_number(step: int, layer: int, num_layers: int) -> int:
@@ -52,18 +58,23 @@ def plan_mailbox_bytes(max_spans: int) -> int:
 def step_mailboxes(
     specs: Sequence[AttentionSpec], itemsize: int, max_rows: int, num_micro_batches: int = 1
 ) -> list[StepMailboxes]:
-    """The mailboxes of every micro-batch for the executor whose share `specs` describes.
+    """The mailboxes of every micro-batch.
 
     Args:
-        specs: every layer's spec, already cut to the executor's heads.
+        specs: every layer's spec, with all heads that the model worker has (any of them may be
+            placed on any executor).
         itemsize: bytes per element of q, k, v and out.
         max_rows: most rows of one step.
     """
     q_bytes = max_rows * itemsize * max(s.num_query_heads * s.head_dim_k for s in specs)
     kv_bytes = max_rows * itemsize * max(s.kv_elements_per_token() for s in specs)
-    out_bytes = max_rows * itemsize * max(s.num_query_heads * s.head_dim_v for s in specs)
+    # Room for a partial output: float32, and an LSE per head.
+    out_bytes = max_rows * 4 * max(s.num_query_heads * (s.head_dim_v + 1) for s in specs)
+    report_bytes = REPORT_BYTES_PER_LAYER * len(specs)
     return [
-        StepMailboxes(first, first + 1, first + 2, q_bytes, kv_bytes, out_bytes)
+        StepMailboxes(
+            first, first + 1, first + 2, first + 3, q_bytes, kv_bytes, out_bytes, report_bytes
+        )
         for first in (
             PLAN_MAILBOX + 1 + _MAILBOXES_PER_MICRO_BATCH * m for m in range(num_micro_batches)
         )
