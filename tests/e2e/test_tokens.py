@@ -192,7 +192,7 @@ def test_logits_that_are_not_numbers_end_only_their_request(
         num_calls += 1
         logits = run_last(state)
         if num_calls == 10:
-            logits[1] = torch.nan
+            logits[0] = torch.nan
         return logits
 
     monkeypatch.setattr(llama, "run_last", poisoned)
