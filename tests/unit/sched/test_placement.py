@@ -85,8 +85,8 @@ def test_placements_cover_once_and_fit(
             assert budget.pages(share, longest) <= budget.capacity_pages[share.executor], (
                 "it can grow to its end where it is"
             )
-            if pages := budget.pages(share, num_tokens):
-                assert pages + keep_free.get(share.executor, 0) <= free[share.executor]
+            if needed := budget.pages(share, num_tokens):
+                assert needed + keep_free.get(share.executor, 0) <= free[share.executor]
         budget.reserve(sequence, budget.missing(sequence, shares, num_tokens))
 
 
