@@ -1,4 +1,4 @@
-// One function per folder adds its classes to the module.
+// Functions that add the classes of a folder, or of a part of it, to the module.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -8,7 +8,8 @@ namespace lamina {
 void bind_core(nanobind::module_& module);
 void bind_attention(nanobind::module_& module);
 void bind_transport(nanobind::module_& module);
-void bind_worker(nanobind::module_& module);
+void bind_executor_end(nanobind::module_& module);
+void bind_layer_loop(nanobind::module_& module);
 void bind_dense(nanobind::module_& module);
 
 }  // namespace lamina

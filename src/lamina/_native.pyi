@@ -25,7 +25,7 @@ class ThreadPool:
     @property
     def num_threads(self) -> int: ...
 
-_HeadShare = tuple[int, int, int]
+_Mailboxes = tuple[int, int, int, int, int, int, int, int]
 
 # --- transport ---
 
@@ -37,6 +37,7 @@ class Outbox:
 
     @property
     def capacity_bytes(self) -> int: ...
+    def has_room(self) -> bool: ...
     def post(self, seq: int, deadline: float, *parts: int) -> None:
         """Send memory. `parts`: address and length of each part in turn, at most 16 parts.
 
@@ -54,6 +55,9 @@ class Inbox:
         Blocks and raises as `lamina.transport.mailbox.Inbox.wait`.
         """
 
+    def holds(self, seq: int) -> bool:
+        """Whether message `seq` is here, before any other that was not discarded. Never blocks."""
+
     def slot(self, index: int) -> Tensor:
         """The memory of a slot: uint8 [capacity_bytes], aligned to 64 bytes, kept alive by it."""
 
@@ -64,9 +68,11 @@ class Link:
     def peer(self) -> str: ...
     def outbox(self, mailbox: int, capacity_bytes: int) -> Outbox: ...
     def inbox(self, mailbox: int, capacity_bytes: int) -> Inbox: ...
-    def wait_any(self, awaited: Sequence[tuple[Inbox, int]], deadline: float) -> int: ...
     def fail(self, reason: str) -> None: ...
     def close(self) -> None: ...
+
+def wait_any(awaited: Sequence[tuple[Inbox, int]], deadline: float) -> int:
+    """As `lamina.transport.native.wait_any`."""
 
 class InprocLink(Link):
     """One end of a link within this process; made by `inproc_pair`."""
@@ -141,7 +147,7 @@ def bare_pong(fd: int, count: int, num_bytes: int, yields: bool) -> None:
 # --- attention ---
 
 class LayerSpec:
-    """One layer's attention of an executor's own heads, as `lamina.attention.spec` defines it."""
+    """One layer's attention of the heads of a lane, as `lamina.attention.spec` defines it."""
 
     def __init__(
         self,
@@ -155,7 +161,7 @@ class LayerSpec:
         softcap: float,
         sinks: list[float],
     ) -> None:
-        """`window` and `softcap`: 0 is none. `sinks`: one per query head, or empty."""
+        """`window` and `softcap`: 0 is none. `sinks`: one per query head of all lanes, or empty."""
 
 def page_bytes(layers: list[LayerSpec], cache_dtype: str, page_tokens: int) -> int:
     """Bytes of one page over all layers, padding and scales included."""
@@ -178,14 +184,22 @@ class StepSchedule:
     """The work of one step, followed by all its layers. May outlive its executor's next `begin`."""
 
     @property
-    def num_rows(self) -> int: ...
+    def num_stored_rows(self) -> int: ...
     @property
     def num_attending_rows(self) -> int: ...
+    @property
+    def is_partial(self) -> bool: ...
+    @property
+    def is_over(self) -> bool:
+        """No layer is served any more."""
+
+    def revoke(self, lane: int) -> None:
+        """Store nothing more in a lane: its pages are others' from now on."""
 
 class AttentionExecutor:
     """The native calls of a layer. Addresses are of contiguous memory in the model's dtype.
 
-    A attending rows, N rows, Hq and Hkv query and KV heads, Dk and Dv sizes of k and v vectors.
+    A attending and N stored rows of all lanes, Hq and Hkv heads of a lane, Dk and Dv vector sizes.
     Calls release the GIL; one thread at a time.
     """
 
@@ -195,7 +209,10 @@ class AttentionExecutor:
         """Attend over committed tokens. q [A, Hq, Dk] stays unchanged until `finish` returns."""
 
     def finish(self, step: StepSchedule, layer: int, k: int, v: int, out: int) -> None:
-        """Append k [N, Hkv, Dk] and v [N, Hkv, Dv], attend to them, write out [A, Hq, Dv]."""
+        """Append k [N, Hkv, Dk] and v [N, Hkv, Dv], attend to them, write out [A, Hq, Dv].
+
+        Of a partial step out is float32, and followed by the LSE [A, Hq].
+        """
 
 class PagedAttention(AttentionExecutor):
     """Keys and values in pages of this machine's memory, and attention over them."""
@@ -214,37 +231,29 @@ class PagedAttention(AttentionExecutor):
 
     def begin(
         self,
-        num_rows: Buffer,
+        num_attending: Buffer,
+        num_stored: Buffer,
         context_tokens: Buffer,
-        attends: Buffer,
+        first_position: Buffer,
+        heads: Buffer,
         num_pages: Buffer,
         pages: Buffer,
+        is_partial: bool,
     ) -> StepSchedule:
-        """Decide a step's work. One entry per span, but for `pages`: those of all spans in order.
+        """Decide a step's work. One entry per lane, but for `pages`: those of all lanes in order.
 
-        int32, `context_tokens` int64. Copied; the pages must hold context and new tokens and stay
-        the spans' own until the step is over.
-        """
-
-    def attend_share(
-        self,
-        layer: int,
-        pages: Buffer,
-        begin: int,
-        end: int,
-        first_position: int,
-        num_rows: int,
-        q: int,
-        out: int,
-        lse: int,
-    ) -> None:
-        """Attend over stored tokens [begin, end) of one sequence (`pages`), without sinks.
-
-        q [R, Hq, Dk] for rows from `first_position` on; writes out [R, Hq, Dv] and lse [R, Hq]
-        (natural logarithm), float32.
+        int32, `context_tokens` and `first_position` int64. `heads`: which group of heads (of a
+        lane's size) of the model the lane has. Copied; the pages must hold context and stored
+        tokens and stay the lanes' own until the step is over or the lane is revoked.
         """
 
 # --- worker ---
+
+_UnitSizes = tuple[int, int, int, int, int, int]
+"""Of one head unit in a layer: bytes per row of q, k, v and out; query heads; size of v vectors."""
+
+_Piece = tuple[int, int, int, int]
+"""(first row, rows, first head unit, head units)"""
 
 class ExecutorEnd:
     """The model worker's end of a link: packs q, k and v into mailbox slots, unpacks outputs.
@@ -256,23 +265,29 @@ class ExecutorEnd:
     def __init__(
         self,
         link: Link,
-        layers: Sequence[tuple[_HeadShare, _HeadShare, _HeadShare, _HeadShare]],
-        mailboxes: Sequence[tuple[int, int, int, int, int, int]],
+        layers: Sequence[_UnitSizes],
+        num_units: int,
+        page_units: int,
+        mailboxes: Sequence[_Mailboxes],
     ) -> None:
         """
         Args:
-            layers: per layer and tensor (q, k, v, out) the bytes of a row, and where in it the
-                executor's heads begin and how many bytes they take.
+            num_units: head units of every row.
+            page_units: head units of each of the executor's lanes.
             mailboxes: `lamina.transport.topology.StepMailboxes` per micro-batch.
         """
 
     def begin(
         self,
         micro_batch: int,
-        attending: Sequence[tuple[int, int]],
-        stored: Sequence[tuple[int, int]],
+        attending: Sequence[_Piece],
+        stored: Sequence[_Piece],
+        is_partial: bool,
     ) -> None:
-        """Rows of the next step as (first row, count): those that attend here, those kept here."""
+        """What of the next step attends here and what is kept here, in the order of the plan.
+
+        Raises ValueError for a piece that is not of whole lanes.
+        """
 
     def post_q(
         self, micro_batch: int, layer: int, number: int, q_address: int, deadline: float
@@ -286,48 +301,66 @@ class ExecutorEnd:
         v_address: int,
         deadline: float,
     ) -> None: ...
+    def attends_whole(self, micro_batch: int, num_rows: int) -> bool:
+        """Whether all units of all rows attend here: payloads are the tensors themselves."""
+
+    def has_out(self, micro_batch: int, number: int) -> bool:
+        """Whether the output is here or none will come. Never blocks."""
+
     def wait_out(self, micro_batch: int, layer: int, number: int, deadline: float) -> int:
-        """Address of the output [A, heads, size] in the mailbox; valid until the next wait."""
+        """Address of the output in the mailbox; valid until the next wait."""
 
     def collect_out(
         self, micro_batch: int, layer: int, number: int, out_address: int, deadline: float
     ) -> None:
         """Wait for the output and copy it to its rows and heads of [T, heads, size]."""
 
+class ShareMerger:
+    """Merges the outputs of executors that attend to different tokens of the same rows."""
+
+    def __init__(
+        self, layers: Sequence[_UnitSizes], num_units: int, dtype: str, num_micro_batches: int
+    ) -> None:
+        """`dtype`: of the merged output: float32, float16 or bfloat16."""
+
+    def begin(self, micro_batch: int, num_rows: int, ends: Sequence[ExecutorEnd]) -> None:
+        """The next step: all ends with partial outputs, which have begun it and outlive it."""
+
+    def collect(
+        self, micro_batch: int, layer: int, number: int, out_address: int, deadline: float
+    ) -> None:
+        """Wait for all outputs and write what they merge to at its place in [T, heads, size]."""
+
 class LayerLoop:
     """Serves all layers of the steps in progress without the interpreter."""
 
     def __init__(
         self,
-        link: Link,
         executor: AttentionExecutor,
-        plans: Inbox | None,
-        mailboxes: Sequence[tuple[int, int, int, int, int, int]],
+        plans: Inbox,
+        channels: Sequence[tuple[Sequence[tuple[Inbox, Inbox, Outbox]], Outbox]],
         step_deadline_s: float,
     ) -> None:
-        """`plans`: the mailbox whose next message ends `serve`."""
+        """Mailboxes and their links must outlive it.
 
-    def add(self, micro_batch: int, first_number: int, schedule: StepSchedule) -> None:
-        """Serve a step; one of the same micro-batch that is still in progress is forgotten."""
+        Args:
+            plans: the mailbox whose next message ends `serve`.
+            channels: for each its mailboxes for q, k and v, and the output at every replica, that
+                of layer 0 first; and that for reports.
+        """
 
-    @property
-    def in_step(self) -> bool:
-        """Whether layers of any step are still to be served."""
+    def add(self, channel: int, number: int, first_message: int, schedule: StepSchedule) -> None:
+        """Serve a step: message numbers from `first_message` on, its report's is `number`.
+
+        A step of the same channel that is still in progress is forgotten; if it only stores, it is
+        served as far as its messages still come.
+        """
 
     def serve(self, next_plan: int, wake_at: float) -> bool:
         """Serve until plan number `next_plan` is here (True) or nothing is to do at `wake_at`."""
 
     def pump(self) -> None:
         """Serve the next message, which must be here: the other end runs in this thread."""
-
-    def times(self) -> tuple[float, float]:
-        """Seconds spent attending over cached tokens, and finishing layers, summed."""
-
-    def events(self) -> list[tuple[int, float, float, float, float]]:
-        """The last layers served, oldest first.
-
-        (message number, attending from, until, finishing from, until), in `time.monotonic()`.
-        """
 
 # --- dense ---
 

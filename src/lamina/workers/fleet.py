@@ -12,7 +12,6 @@ import torch
 
 from lamina import _native
 from lamina.attention.executor import AttentionExecutor
-from lamina.attention.partition import query_head_range, shard_specs
 from lamina.attention.spec import fingerprint
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
@@ -21,18 +20,22 @@ from lamina.transport.control import ControlServer
 from lamina.transport.handshake import Listener
 from lamina.transport.inproc import inproc_pair
 from lamina.transport.native import NativeLink
+from lamina.transport.topology import step_mailboxes
 from lamina.transport.wire import (
     Assign,
+    Assigned,
     IntegrityQuery,
     IntegrityReply,
+    LinkAddress,
     ShutdownWorker,
     WorkerError,
 )
 from lamina.types import LOCAL
 from lamina.workers.attention import WorkerStart, integrity, run_attention_worker
 from lamina.workers.deployment import Deployment
+from lamina.workers.plans import PlanEnd
 from lamina.workers.process import WorkerProcess
-from lamina.workers.routes import ExecutorEnd, Share
+from lamina.workers.routes import ExecutorEnd
 from lamina.workers.serving import ExecutorServer
 
 logger = logging.getLogger("lamina.workers")
@@ -54,6 +57,10 @@ class ExecutorFleet:
         """Prepare; `start` is the way to get a running fleet."""
         self.ends: list[ExecutorEnd] = []
         """The model worker's ends of the links to all executors."""
+        self.plan_ends: list[PlanEnd] = []
+        """The engine's ends of the same links."""
+        self.read_bytes_per_s: dict[int, float] = {}
+        """How fast each remote executor reads memory, measured when it joined."""
         self._config = config
         self._model = model
         self._deployment = deployment
@@ -112,7 +119,7 @@ class ExecutorFleet:
             PeerLost, DeadlineExceeded: a worker does not answer.
         """
         reports: dict[int, IntegrityReply] = {}
-        for end in self.ends:
+        for end in self.plan_ends:
             if end.executor == LOCAL:
                 reports[LOCAL] = integrity(self._local)
                 continue
@@ -146,13 +153,14 @@ class ExecutorFleet:
 
     def _start_local(self, pool: _native.ThreadPool) -> AttentionExecutor:
         model, deployment = self._model, self._deployment
-        specs = model.attention_specs
         executor = AttentionExecutor(
-            specs,
+            model.attention_specs,
             model.sinks,
             dtype=model.dtype,
             num_pages=deployment.num_pages[LOCAL],
             page_tokens=self._config.block_size,
+            units=deployment.units,
+            page_units=deployment.page_units[LOCAL],
             kv_cache_dtype=self._config.kv_cache_dtype,
             pool=pool,
         )
@@ -160,13 +168,13 @@ class ExecutorFleet:
         server = ExecutorServer(
             theirs,
             executor,
-            specs,
             dtype=model.dtype,
             max_rows=self._config.max_num_batched_tokens,
             max_spans=self._config.max_num_seqs,
             step_deadline_s=self._config.step_deadline_s,
+            num_micro_batches=deployment.max_depth,
         )
-        self._connect(LOCAL, ours, (0, 1, 1), on_plan=server.take_plan)
+        self._connect(LOCAL, ours, on_plan=server.take_plan)
         return executor
 
     def _start_remote(self) -> None:
@@ -182,7 +190,7 @@ class ExecutorFleet:
                 name=self._names[executor],
                 address=self._control.address,
                 token=self._control.token.line,
-                num_threads=deployment.worker_num_threads,
+                num_threads=deployment.worker_num_threads[executor],
                 cores=deployment.worker_cores[executor],
                 startup_timeout_s=config.startup_timeout_s,
             )
@@ -190,7 +198,7 @@ class ExecutorFleet:
                 self._names[executor],
                 run_attention_worker,
                 (start,),
-                num_threads=deployment.worker_num_threads,
+                num_threads=deployment.worker_num_threads[executor],
                 on_exit=self._on_exit,
             )
         self._wait_for_joins(self._control, deadline)
@@ -223,29 +231,25 @@ class ExecutorFleet:
         self, control: ControlServer, listener: Listener, executor: int, deadline: float
     ) -> None:
         config, model, deployment = self._config, self._model, self._deployment
-        partition = deployment.partition
-        assert partition is not None
-        start, stop = partition.ranges[executor - 1]
-        share = (start, stop, partition.units)
-        specs = shard_specs(model.attention_specs, *share)
         dtype = str(model.dtype).removeprefix("torch.")
         name, secret = self._names[executor], secrets.token_bytes(32)
-        digest = fingerprint(specs, dtype)
+        digest = fingerprint(model.attention_specs, dtype)
         assign = Assign(
             executor=executor,
-            specs=specs,
-            sinks=tuple(
-                None if sinks is None else _bytes(sinks[slice(*query_head_range(spec, *share))])
-                for spec, sinks in zip(model.attention_specs, model.sinks, strict=True)
-            ),
+            specs=model.attention_specs,
+            sinks=tuple(None if sinks is None else _bytes(sinks) for sinks in model.sinks),
+            units=deployment.units,
+            page_units=deployment.page_units[executor],
             dtype=dtype,
             kv_cache_dtype=config.kv_cache_dtype,
             num_pages=deployment.num_pages[executor],
             page_tokens=config.block_size,
             max_rows=config.max_num_batched_tokens,
             max_spans=config.max_num_seqs,
-            tensor_address=listener.address,
-            secret=secret,
+            num_micro_batches=deployment.max_depth,
+            num_ranks=1,
+            plan_link=LinkAddress(listener.address, secret),
+            tensor_links=(),
             fingerprint=digest,
             step_deadline_s=config.step_deadline_s,
             busy_poll_s=config.busy_poll_s,
@@ -254,27 +258,34 @@ class ExecutorFleet:
         if isinstance(reply, WorkerError):
             error = CapacityError if reply.kind == CapacityError.__name__ else EngineDead
             raise error(f"{name}: {reply.message}")
+        assert isinstance(reply, Assigned), f"{name} answered {type(reply).__name__}"
+        self.read_bytes_per_s[executor] = reply.read_bytes_per_s
         link = listener.accept({secret: (name, digest)}, deadline)
-        self._connect(executor, link, share)
+        self._connect(executor, link)
 
     def _connect(
-        self,
-        executor: int,
-        link: NativeLink,
-        share: Share,
-        on_plan: Callable[[], None] | None = None,
+        self, executor: int, link: NativeLink, on_plan: Callable[[], None] | None = None
     ) -> None:
+        config, model, deployment = self._config, self._model, self._deployment
         self.ends.append(
             ExecutorEnd(
                 executor,
                 link,
-                self._model.attention_specs,
-                share,
-                dtype=self._model.dtype,
-                max_rows=self._config.max_num_batched_tokens,
-                max_spans=self._config.max_num_seqs,
-                on_plan=on_plan,
+                model.attention_specs,
+                dtype=model.dtype,
+                max_rows=config.max_num_batched_tokens,
+                page_units=deployment.page_units[executor],
+                num_micro_batches=deployment.max_depth,
             )
+        )
+        mailboxes = step_mailboxes(
+            model.attention_specs,
+            model.dtype.itemsize,
+            config.max_num_batched_tokens,
+            deployment.max_depth,
+        )
+        self.plan_ends.append(
+            PlanEnd(executor, link, mailboxes, max_spans=config.max_num_seqs, on_plan=on_plan)
         )
         with self._lock:
             self._links[executor] = link
