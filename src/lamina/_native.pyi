@@ -22,6 +22,12 @@ class ThreadPool:
     def __init__(self, num_threads: int, cores: list[int] = ...) -> None:
         """`cores`: pin thread i to cores[i] (thread 0 is the caller, which is not pinned)."""
 
+    def grow(self, num_threads: int, cores: list[int] = ...) -> None:
+        """Give a pool of one thread, made ahead of a fork, its others. No job may run meanwhile.
+
+        Raises RuntimeError for a pool that has several.
+        """
+
     @property
     def num_threads(self) -> int: ...
 

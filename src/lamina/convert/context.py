@@ -78,14 +78,14 @@ def context_bytes(edge: Sequence[ContextValue], num_rows: int) -> int:
 
 def _value(trace: Trace, node: fx.Node, slot: int, num_rows: Any) -> ContextValue:
     value = node.meta["val"]
-    sizes = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
-    fits = all(not isinstance(size, torch.SymInt) or size.node.expr == num_rows for size in sizes)
-    if not sizes or not fits:
+    shape: tuple[Any, ...] = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    sizes = tuple(None if isinstance(size, torch.SymInt) else int(size) for size in shape)
+    if not sizes or any(
+        size is None and dim.node.expr != num_rows for size, dim in zip(sizes, shape, strict=True)
+    ):
         raise ConversionError(
             f"{node.name}, which later slices need, cannot be moved between replicas; "
             "use model_replicas=1",
             model=trace.name,
         )
-    return ContextValue(
-        slot, value.dtype, tuple(None if isinstance(size, torch.SymInt) else size for size in sizes)
-    )
+    return ContextValue(slot, value.dtype, sizes)

@@ -74,17 +74,25 @@ def limit_threads(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
-def pinned_pool(num_threads: int, cores: Sequence[int]) -> ThreadPool:
+def pinned_pool(
+    num_threads: int, cores: Sequence[int], pool: ThreadPool | None = None
+) -> ThreadPool:
     """Threads for native work, kept to `cores`: one each while there are enough, else any of them.
 
     The calling thread is the pool's first, and is kept there too. No cores: nothing is pinned.
+
+    Args:
+        pool: one of one thread, made ahead of a fork, that gets the threads; None: a new one.
     """
+    pool = pool or ThreadPool(1)
     if not cores:
-        return ThreadPool(num_threads)
+        pool.grow(num_threads)
+        return pool
     os.sched_setaffinity(0, cores)
     if len(cores) < num_threads:
-        return ThreadPool(num_threads)
-    pool = ThreadPool(num_threads, list(cores[:num_threads]))
+        pool.grow(num_threads)
+        return pool
+    pool.grow(num_threads, list(cores[:num_threads]))
     os.sched_setaffinity(0, cores[:1])
     return pool
 
