@@ -7,23 +7,27 @@ must have none that compute (a `ThreadPool(1)`, torch with one thread) and no Ze
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
+import os
+import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait as wait_for_any
 
-from lamina.workers.process import exit_with_parent, ignore_interrupts
+from lamina.workers.process import ORPHAN_EXIT_CODE, ignore_interrupts
 
 _context = multiprocessing.get_context("fork")
+_PR_SET_PDEATHSIG = 1
 
 
 class ForkedWorkers:
     """Children that run their targets at once. Used by the thread that forked them.
 
-    A child ends when its parent does, however that dies, and with the exit codes of a
-    `WorkerProcess`.
+    A child ends when its parent does, however that dies and even if the child is stopped. Exit codes
+    are those of a `WorkerProcess`.
     """
 
     def __init__(self, targets: Mapping[str, Callable[[], None]]) -> None:
@@ -31,7 +35,7 @@ class ForkedWorkers:
         gc.collect()
         gc.freeze()  # a collection in a child would write to every object it walks
         self._children = {
-            name: _context.Process(target=_run, args=(target,), name=name)
+            name: _context.Process(target=_run, args=(target, os.getpid()), name=name)
             for name, target in targets.items()
         }
         with warnings.catch_warnings():
@@ -79,9 +83,9 @@ class ForkedWorkers:
             self.wait()
 
 
-def _run(target: Callable[[], None]) -> None:
+def _run(target: Callable[[], None], parent_pid: int) -> None:
+    # The system does it, not a thread that waits for an end of file: a stopped process runs none.
+    if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) or os.getppid() != parent_pid:
+        os._exit(ORPHAN_EXIT_CODE)
     ignore_interrupts()
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "only forked children run this"
-    exit_with_parent(parent.sentinel)
     target()

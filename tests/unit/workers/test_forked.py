@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -111,6 +112,7 @@ def test_no_orphans_when_the_parent_dies(end: signal.Signals) -> None:
     assert process.stdout is not None
     pids = [int(pid) for pid in process.stdout.readline().split()]
     assert len(pids) == 3
+    os.kill(pids[1], signal.SIGSTOP)
     process.send_signal(end)
     process.communicate(timeout=10)
     deadline = time.monotonic() + 5
