@@ -159,12 +159,17 @@ def build_structure(trace: Trace) -> Structure:
         orders=orders,
         stages=tuple(stages),
         num_programs=len(table),
-        specs=tuple(_spec(layer, node) for layer, node in enumerate(trace.attention)),
+        specs=attention_specs(trace),
     )
 
 
 def _inputs(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return {n for node in nodes for n in node.all_input_nodes}
+
+
+def attention_specs(trace: Trace) -> tuple[AttentionSpec, ...]:
+    """What each attention op of the trace computes."""
+    return tuple(_spec(layer, node) for layer, node in enumerate(trace.attention))
 
 
 def _spec(layer: int, attention: fx.Node) -> AttentionSpec:
