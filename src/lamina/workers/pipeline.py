@@ -71,13 +71,12 @@ class LocalPipeline:
         self._step_deadline_s = step_deadline_s
         self._plans: dict[int, StepPlan] = {}
         self._through: deque[StepPlan] = deque()
-        self._reports: list[Report] = []
 
     def submit(self, plan: StepPlan, inputs: StepInputs) -> None:
         start = time.monotonic()
         parts = executor_parts(plan)
         for executor, part in parts.items():
-            self._reports += self._plan_ends[executor].post(part, start + self._step_deadline_s)
+            self._plan_ends[executor].post(part, start + self._step_deadline_s)
         if plan.spans:
             self._plans[plan.micro_batch] = plan
             self._worker.begin(plan, parts, inputs)
@@ -98,9 +97,7 @@ class LocalPipeline:
             plan, logits = self._plans.pop(micro_batch), result
             times = {MODEL_WORKER: worker.times(micro_batch)}
             self.times.add(times[MODEL_WORKER])
-        for end in self._plan_ends.values():
-            self._reports += end.take_reports()
-        reports, self._reports = tuple(self._reports), []
+        reports = tuple(r for end in self._plan_ends.values() for r in end.take_reports())
         self.times.steps_s += time.monotonic() - start
         return Finished(plan, logits, times, reports)
 

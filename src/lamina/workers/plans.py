@@ -15,8 +15,8 @@ from lamina.types import ExecutorPlan
 
 _encode_plan = msgspec.msgpack.Encoder().encode
 
-_MAX_UNREAD_REPORTS = 2
-"""As many as a mailbox holds."""
+_MAX_DUE = 4
+"""Steps of one micro-batch whose reports may still come: more than a mailbox holds."""
 
 
 class Report(NamedTuple):
@@ -53,38 +53,27 @@ class PlanEnd:
         """Plans posted so far."""
         self._plans = link.outbox(PLAN_MAILBOX, plan_mailbox_bytes(max_spans))
         self._reports = [link.inbox(boxes.report, boxes.report_bytes) for boxes in mailboxes]
-        self._due: list[deque[int]] = [deque() for _ in mailboxes]
+        self._due: list[deque[int]] = [deque(maxlen=_MAX_DUE) for _ in mailboxes]
         self._on_plan = on_plan
 
-    def post(self, part: ExecutorPlan, deadline: float) -> list[Report]:
-        """Send the executor its part of a step's plan, ahead of layer 0.
-
-        Returns:
-            Reports that had to be taken to make room for this step's, mostly none.
-        """
-        due = self._due[part.micro_batch]
-        reports = []
+    def post(self, part: ExecutorPlan, deadline: float) -> None:
+        """Send the executor its part of a step's plan, ahead of layer 0."""
         if part.spans:
-            if len(due) == _MAX_UNREAD_REPORTS:
-                reports.append(self._take(part.micro_batch, deadline))
-            due.append(part.step)
+            self._due[part.micro_batch].append(part.step)
         self.num_plans += 1
         payload = torch.frombuffer(bytearray(_encode_plan(part)), dtype=torch.uint8)
         self._plans.post(self.num_plans, payload, deadline=deadline)
         if self._on_plan is not None:
             self._on_plan()
-        return reports
 
     def take_reports(self) -> list[Report]:
-        """The reports that have come since. Never blocks."""
+        """The reports that have come since. Never blocks; an executor leaves out a report when the
+        mailbox is full."""
         reports = []
-        for micro_batch, due in enumerate(self._due):
-            while due and self._reports[micro_batch].native.holds(due[0]):
-                reports.append(self._take(micro_batch, 0.0))
+        for inbox, due in zip(self._reports, self._due, strict=True):
+            while (step := next((s for s in due if inbox.native.holds(s)), None)) is not None:
+                while due.popleft() != step:
+                    pass
+                times_L4 = inbox.wait(step, 0.0).view(torch.float64).view(-1, 4).clone()
+                reports.append(Report(self.executor, step, times_L4))
         return reports
-
-    def _take(self, micro_batch: int, deadline: float) -> Report:
-        step = self._due[micro_batch].popleft()
-        payload = self._reports[micro_batch].wait(step, deadline)
-        times_L4 = payload.view(torch.float64).view(-1, 4).clone()
-        return Report(self.executor, step, times_L4)
