@@ -271,6 +271,7 @@ class ExecutorEnd:
     def __init__(
         self,
         link: Link,
+        out_link: Link,
         layers: Sequence[_UnitSizes],
         num_units: int,
         page_units: int,
@@ -278,6 +279,7 @@ class ExecutorEnd:
     ) -> None:
         """
         Args:
+            out_link: where outputs come from; `link` unless another replica's executor sends them.
             num_units: head units of every row.
             page_units: head units of each of the executor's lanes.
             mailboxes: `lamina.transport.topology.StepMailboxes` per micro-batch.
@@ -312,6 +314,9 @@ class ExecutorEnd:
 
     def has_out(self, micro_batch: int, number: int) -> bool:
         """Whether the output is here or none will come. Never blocks."""
+
+    def out_inbox(self, micro_batch: int) -> Inbox:
+        """The mailbox of the outputs. Belongs to its link."""
 
     def wait_out(self, micro_batch: int, layer: int, number: int, deadline: float) -> int:
         """Address of the output in the mailbox; valid until the next wait."""
