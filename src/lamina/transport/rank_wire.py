@@ -1,8 +1,8 @@
 """Control messages of model ranks and their hosts; see `wire.py` for the channel. Pure.
 
-    engine --> rank   AssignRank, answered by RankAssigned; ConnectRank; IntegrityQuery
-    rank   --> engine LostPeer, unasked for
-    host   --> engine LostPeer, when a rank that it forked has ended
+engine --> rank   AssignRank, answered by RankAssigned; ConnectRank; IntegrityQuery
+rank   --> engine LostPeer, unasked for
+host   --> engine LostPeer, when a rank that it forked has ended
 """
 
 from __future__ import annotations
@@ -20,16 +20,26 @@ class RankPeer(msgspec.Struct, frozen=True, array_like=True):
     fingerprint: str
 
 
+class RankAddress(msgspec.Struct, frozen=True, array_like=True):
+    """A rank's listener, and what the one who connects there must present."""
+
+    address: str
+    secret: bytes
+    fingerprint: str
+
+
 class AssignRank(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What a rank is to run: it allocates, listens, and answers RankAssigned."""
 
     engine: RankPeer
     previous: RankPeer | None
     """The same rank of the replica before it, which sends contexts; None with one replica."""
+    followers: tuple[RankPeer, ...]
+    """For the first rank of a replica: the others, which run slices in its order."""
     executors: tuple[tuple[int, RankPeer], ...]
     """Attention workers by their executor ids."""
     page_units: tuple[tuple[int, int], ...]
-    """Head units of each lane, by executor, LOCAL included."""
+    """Head units of each lane, by executor."""
     transport: Literal["shm", "tcp"]
     host: str
     """Where to listen with tcp."""
@@ -60,12 +70,12 @@ class RankAssigned(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ConnectRank(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Connect to the next replica and to the other ranks of this one, and accept all peers."""
+    """Connect to these ranks, accept the peers that were assigned, and meet the replica's others."""
 
-    next_address: str | None
-    """None with one replica."""
-    next_secret: bytes
-    next_fingerprint: str
+    following: RankAddress | None
+    """The same rank of the next replica; None with one replica."""
+    leader: RankAddress | None
+    """The replica's first rank; None for that itself."""
     store_host: str
     store_port: int | None
     """Of the replica's first rank; None without tensor parallelism."""

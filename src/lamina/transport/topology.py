@@ -17,6 +17,7 @@ Ranks in processes of their own (`workers/rank.py`) have two more kinds of links
     rank          --RESULT-->  engine        its times, its local executor's, and the logits
     rank          --CONTEXT->  next replica  what the next slice needs of those before it
     rank          --OUT----->  next replica  of the rank's local executor
+    first rank    --TURN---->  others        of its replica: the micro-batch whose slice is next
 
 Q, KV and OUT between ranks and executors are those above.
 """
@@ -91,6 +92,9 @@ def step_mailboxes(
 
 
 STEP_MAILBOX = 1
+TURN_MAILBOX = 1
+"""Numbered 1, 2, 3, ...; a micro-batch's number."""
+TURN_BYTES = 8
 _BYTES_PER_SHARE = 32
 _BYTES_PER_ROW = 24
 """Token, position and logit row, int64."""

@@ -26,7 +26,7 @@ from lamina.transport.rank_wire import LostPeer
 from lamina.transport.wire import ShutdownWorker, WorkerError
 from lamina.workers.identity import describe_self, show_name
 from lamina.workers.process import limit_threads, pinned_pool
-from lamina.workers.rank_links import connect_rank
+from lamina.workers.rank_links import connected
 from lamina.workers.rank_loop import RankLoop
 
 logger = logging.getLogger("lamina.model")
@@ -96,9 +96,9 @@ def run_rank(start: RankStart, model: SlicedModel, pool: ThreadPool) -> None:
     except LaminaError as error:
         logger.error("%s stops: %s", start.name, error)
         raise SystemExit(1) from None
-    with contextlib.closing(control):
+    with contextlib.closing(control), contextlib.ExitStack() as stack:
         try:
-            links = connect_rank(control, start, model, pool, deadline)
+            links = stack.enter_context(connected(control, start, model, pool, deadline))
             RankLoop(control, start, model, links).serve()
         except Exception as error:  # whatever it is, the engine must learn of it
             _fail(control, error)
@@ -109,7 +109,7 @@ def run_rank(start: RankStart, model: SlicedModel, pool: ThreadPool) -> None:
 
 
 def _fail(control: ControlClient, error: Exception) -> None:
-    """Tell the engine whose fault it is; returns when it says stop or is gone."""
+    """Tell the engine whose fault it is; returns when that says stop or is gone."""
     if control.engine_lost is not None:
         return
     if isinstance(error, PeerLost | DeadlineExceeded) and error.peer != ENGINE:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from lamina._native import ThreadPool
 from lamina.attention.executor import AttentionExecutor
-from lamina.attention.partition import head_units
 from lamina.convert import SlicedModel
 from lamina.convert.collectives import use_group
 from lamina.convert.process_group import ProcessGroup, Rendezvous, join_store, open_store
@@ -22,9 +18,14 @@ from lamina.errors import LaminaError
 from lamina.transport.control_client import ControlClient
 from lamina.transport.handshake import Listener, connect
 from lamina.transport.native import NativeLink
-from lamina.transport.rank_wire import AssignRank, ConnectRank, RankAssigned, RankPeer
+from lamina.transport.rank_wire import (
+    AssignRank,
+    ConnectRank,
+    RankAddress,
+    RankAssigned,
+    RankPeer,
+)
 from lamina.transport.wire import WorkerError
-from lamina.types import LOCAL
 
 if TYPE_CHECKING:
     from lamina.workers.rank import RankStart
@@ -43,10 +44,15 @@ class RankLinks:
     previous: NativeLink | None
     following: NativeLink | None
     """The replicas before and after this one; None with one replica."""
+    leader: NativeLink | None
+    """The first rank of this replica; None for that itself."""
+    followers: list[NativeLink]
+    """The other ranks of this replica; empty but for the first."""
 
     def all(self) -> list[NativeLink]:
-        links = (self.engine, *self.executors.values(), self.previous, self.following)
-        return [link for link in links if link is not None]
+        links = (self.engine, self.previous, self.following, self.leader)
+        present = [link for link in links if link is not None]
+        return [*present, *self.executors.values(), *self.followers]
 
 
 @contextlib.contextmanager
@@ -117,50 +123,61 @@ def _connect(
     local: AttentionExecutor,
     deadline: float,
 ) -> RankLinks:
-    following: Future[NativeLink] = Future()
-    if order.next_address is not None:
-        # Every rank of the ring dials and answers at the same time.
-        threading.Thread(
-            target=_dial, args=(assign, order, name, deadline, following), daemon=True
-        ).start()
-    peers = [assign.engine, *(peer for _, peer in assign.executors)]
-    if assign.previous is not None:
-        peers.append(assign.previous)
-    waiting = {peer.secret: (peer.name, peer.fingerprint) for peer in peers}
-    accepted: dict[str, NativeLink] = {}
-    try:
-        while waiting:
-            link = listener.accept(waiting, deadline)
-            accepted[link.peer] = link
-            waiting = {s: peer for s, peer in waiting.items() if peer[0] != link.peer}
+    # Every rank of a ring dials and answers at the same time.
+    with ThreadPoolExecutor(max_workers=2) as dialling:
+
+        def dial(to: RankAddress) -> NativeLink:
+            return connect(
+                to.address, to.secret, to.fingerprint, name, deadline,
+                busy_poll_s=assign.busy_poll_s,
+            )  # fmt: skip
+
+        following, leader = (
+            dialling.submit(dial, to) if to is not None else None
+            for to in (order.following, order.leader)
+        )
+        peers = [assign.engine, *assign.followers, *(peer for _, peer in assign.executors)]
+        if assign.previous is not None:
+            peers.append(assign.previous)
+        accepted = _accept(listener, peers, deadline)
         return RankLinks(
             assign=assign,
             local=local,
             engine=accepted[assign.engine.name],
             executors={executor: accepted[peer.name] for executor, peer in assign.executors},
             previous=accepted[assign.previous.name] if assign.previous is not None else None,
-            following=following.result() if order.next_address is not None else None,
+            following=following.result() if following is not None else None,
+            leader=leader.result() if leader is not None else None,
+            followers=[accepted[peer.name] for peer in assign.followers],
         )
-    except LaminaError:
-        for link in accepted.values():
-            link.close()
-        raise
 
 
-def _dial(
-    assign: AssignRank, order: ConnectRank, name: str, deadline: float, link: Future[NativeLink]
-) -> None:
-    assert order.next_address is not None
-    try:
-        link.set_result(
-            connect(
-                order.next_address,
-                order.next_secret,
-                order.next_fingerprint,
-                name,
-                deadline,
-                busy_poll_s=assign.busy_poll_s,
-            )
-        )
-    except LaminaError as error:
-        link.set_exception(error)
+def _accept(
+    listener: Listener, peers: Sequence[RankPeer], deadline: float
+) -> dict[str, NativeLink]:
+    """The links of all peers, by name, in whatever order they come."""
+    waiting = {peer.secret: (peer.name, peer.fingerprint) for peer in peers}
+    accepted: dict[str, NativeLink] = {}
+    while waiting:
+        link = listener.accept(waiting, deadline)
+        accepted[link.peer] = link
+        waiting = {s: peer for s, peer in waiting.items() if peer[0] != link.peer}
+    return accepted
+
+
+def _local_executor(
+    assign: AssignRank, start: RankStart, model: SlicedModel, pool: ThreadPool
+) -> AttentionExecutor:
+    """With the pages of this rank's heads; it shares the threads with the slices."""
+    units = assign.num_units // start.num_tensor_ranks
+    return AttentionExecutor(
+        model.attention_specs,
+        model.sinks,
+        dtype=model.dtype,
+        num_pages=assign.num_pages,
+        page_tokens=assign.page_tokens,
+        units=units,
+        page_units=units,
+        kv_cache_dtype=assign.kv_cache_dtype,
+        pool=pool,
+    )

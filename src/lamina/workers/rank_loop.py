@@ -18,13 +18,15 @@ from lamina.transport.topology import STEP_MAILBOX, result_mailbox, step_mailbox
 from lamina.transport.wire import IntegrityQuery, ShutdownWorker
 from lamina.types import LOCAL, ExecutorPlan, StepPlan
 from lamina.workers.attention import integrity
-from lamina.workers.model import ModelWorker, StepInputs
+from lamina.workers.model import ModelWorker
 from lamina.workers.pipeline import executor_parts
 from lamina.workers.rank_links import RankLinks
 from lamina.workers.rank_local import LocalServing
+from lamina.workers.rank_order import FollowOrder, LeadOrder, Order
 from lamina.workers.rank_messages import RankResult, result_bytes, result_parts, unpack_step
 from lamina.workers.ring import Ring
 from lamina.workers.routes import ExecutorEnd
+from lamina.workers.serving import Turn
 
 if TYPE_CHECKING:
     from lamina.workers.rank import RankStart
@@ -51,7 +53,7 @@ class RankLoop:
         assert head_units(model.attention_specs) % self._num_units == 0, (
             "the rank's heads are its units of the model's"
         )
-        self._local = LocalServing(links, model)
+        self._local = LocalServing(links, model, Turn(start.replica, start.num_replicas))
         ends = [
             ExecutorEnd(
                 executor,
@@ -97,7 +99,14 @@ class RankLoop:
             links.engine.outbox(result_mailbox(m), capacity)
             for m in range(assign.num_micro_batches)
         ]
+        self._order: Order = (
+            LeadOrder(links.followers, assign.step_deadline_s)
+            if links.leader is None
+            else FollowOrder(links.leader)
+        )
         self._plans: dict[int, StepPlan] = {}
+        self._since = [0.0] * assign.num_micro_batches
+        """When the last slice of each micro-batch ran here."""
         self._num_steps = 0
         self._queries: list[Incoming] = []
 
@@ -108,34 +117,31 @@ class RankLoop:
             PeerLost, DeadlineExceeded, ProtocolMismatch: a peer failed; it is named.
             CapacityError: a plan needs more local pages than there are.
         """
-        control_at = overdue_at = 0.0
+        control_at = 0.0
+        worker = self._worker
         while True:
             now = time.monotonic()
             if now >= control_at:
                 if self._handle_control():
                     return
+                self._check_deadlines(now)
                 control_at = now + _CONTROL_POLL_S
             while self._steps.native.holds(self._num_steps + 1):
                 self._take_step()
-            micro_batch = self._worker.turns.next(self._worker.is_ready)
-            if micro_batch is not None and self._worker.is_ready(micro_batch):
+            micro_batch = self._order.next(worker)
+            if micro_batch is not None:
                 self._advance(micro_batch)
-                overdue_at = 0.0
                 continue
-            awaited = [(self._steps.native, self._num_steps + 1)]
-            for active in self._worker.turns.active:
-                awaited += self._worker.missing(active)
+            awaited = [(self._steps.native, self._num_steps + 1), *self._order.awaited(worker)]
             with contextlib.suppress(DeadlineExceeded):
                 _native.wait_any(awaited, control_at)
-                overdue_at = 0.0
-                continue
-            if micro_batch is None:
-                overdue_at = 0.0
-            elif overdue_at == 0.0:
-                overdue_at = now + self._step_deadline_s
-            elif now >= overdue_at:
-                self._worker.advance(micro_batch)  # names whom it waits for
-                raise AssertionError("a slice whose inputs are missing cannot run")
+
+    def _check_deadlines(self, now: float) -> None:
+        """DeadlineExceeded if a micro-batch waits for too long; names whom it waits for."""
+        for micro_batch in self._worker.turns.active:
+            if now - self._since[micro_batch] >= self._step_deadline_s:
+                for inbox, number in self._worker.missing(micro_batch):
+                    inbox.wait(number, now, None)
 
     def _take_step(self) -> None:
         """Take up the step that has come."""
@@ -152,7 +158,8 @@ class RankLoop:
         self._plans[micro_batch] = plan
         if self._ring is not None:
             self._ring.begin(micro_batch, plan.step)
-        self._worker.begin(plan, parts, StepInputs(*inputs))
+        self._worker.begin(plan, parts, inputs)
+        self._since[micro_batch] = time.monotonic()
         if micro_batch not in self._worker.turns.active:
             self._finish(micro_batch, None)  # fewer slices than replicas
 
@@ -176,6 +183,7 @@ class RankLoop:
 
     def _advance(self, micro_batch: int) -> None:
         logits = self._worker.advance(micro_batch)
+        self._since[micro_batch] = time.monotonic()
         if micro_batch not in self._worker.turns.active:
             self._finish(micro_batch, logits)
 
@@ -184,7 +192,7 @@ class RankLoop:
         plan = self._plans.pop(micro_batch)
         result = RankResult(
             self._worker.times(micro_batch),
-            self._local.report(plan.step),
+            self._local.end_step(micro_batch, plan.step),
             logits if self._gives_logits else None,
         )
         deadline = time.monotonic() + self._step_deadline_s

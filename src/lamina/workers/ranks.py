@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from lamina.attention.partition import head_units
 from lamina.attention.spec import fingerprint
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
@@ -19,7 +18,13 @@ from lamina.errors import CapacityError, DeadlineExceeded, EngineDead, PeerLost
 from lamina.transport.control import ControlServer
 from lamina.transport.handshake import connect
 from lamina.transport.native import NativeLink
-from lamina.transport.rank_wire import AssignRank, ConnectRank, RankAssigned, RankPeer
+from lamina.transport.rank_wire import (
+    AssignRank,
+    ConnectRank,
+    RankAddress,
+    RankAssigned,
+    RankPeer,
+)
 from lamina.transport.wire import (
     IntegrityQuery,
     IntegrityReply,
@@ -28,7 +33,7 @@ from lamina.transport.wire import (
     WorkerError,
 )
 from lamina.types import LOCAL
-from lamina.workers.deployment import Deployment, RankThreads
+from lamina.workers.deployment import Deployment
 from lamina.workers.host import HostStart, run_model_host
 from lamina.workers.process import WorkerProcess
 from lamina.workers.rank import ENGINE, RankStart
@@ -57,15 +62,12 @@ class _Rank(NamedTuple):
 class ModelRanks:
     """Starts, watches and stops the ranks. Used by the engine's thread, except `note_lost`."""
 
-    def __init__(self, config: EngineConfig, threads: RankThreads) -> None:
-        """Start the hosts, which begin to load the model at once.
-
-        Args:
-            threads: of every rank.
-        """
+    def __init__(self, config: EngineConfig, deployment: Deployment) -> None:
+        """Start the hosts, which begin to load the model at once."""
         self.links: dict[str, NativeLink] = {}
         """The engine's link to every rank, by name, the first rank of each replica first."""
         self._config = config
+        self._deployment = deployment
         self._ranks = [
             _Rank(replica, tensor_rank)
             for tensor_rank in range(config.tensor_parallel_size)
@@ -73,9 +75,7 @@ class ModelRanks:
         ]
         self._deadline = time.monotonic() + config.startup_timeout_s
         self._addresses: dict[_Rank, str] = {}
-        self._worker_secrets: dict[tuple[_Rank, int], bytes] = {}
-        self._engine_secrets = {rank: secrets.token_bytes(32) for rank in self._ranks}
-        self._ring_secrets = {rank: secrets.token_bytes(32) for rank in self._ranks}
+        self._secrets: dict[tuple[str, str], bytes] = {}
         self._store_ports: dict[int, int | None] = {}
         self._fingerprint = ""
         self._lost: dict[str, str] = {}
@@ -93,7 +93,7 @@ class ModelRanks:
                 name=name,
                 config=config,
                 ranks=tuple(
-                    self._rank_start(rank, threads)
+                    self._rank_start(rank)
                     for rank in self._ranks
                     if rank.tensor_rank == tensor_rank
                 ),
@@ -103,7 +103,7 @@ class ModelRanks:
             )
 
     def assign(
-        self, model: SlicedModel, deployment: Deployment, worker_names: dict[int, str]
+        self, model: SlicedModel, worker_names: dict[int, str]
     ) -> tuple[torch.Tensor | None, ...]:
         """Wait until the ranks have the model, and let them allocate and listen.
 
@@ -123,7 +123,7 @@ class ModelRanks:
         self._fingerprint = fingerprint(model.attention_specs, dtype)
         sinks: dict[_Rank, tuple[bytes | None, ...]] = {}
         for rank in self._ranks:
-            assign = self._assignment(rank, model, deployment, worker_names)
+            assign = self._assignment(rank, model, worker_names)
             reply = self._control.request(rank.name, assign, self._deadline)
             if isinstance(reply, WorkerError):
                 error = CapacityError if reply.kind == CapacityError.__name__ else EngineDead
@@ -136,10 +136,10 @@ class ModelRanks:
         parts = [sinks[rank] for rank in self._ranks if rank.replica == 0]
         return tuple(_joined(layer) for layer in zip(*parts, strict=True))
 
-    def tensor_links(self, executor: int) -> tuple[LinkAddress, ...]:
+    def tensor_links(self, worker_name: str) -> tuple[LinkAddress, ...]:
         """Where an attention worker connects with all ranks of the first replica, then the next."""
         return tuple(
-            LinkAddress(self._addresses[rank], self._worker_secrets[rank, executor])
+            LinkAddress(self._addresses[rank], self._secret(rank, worker_name))
             for rank in sorted(self._ranks)
         )
 
@@ -150,15 +150,13 @@ class ModelRanks:
         Raises:
             TransportError: a rank is lost, or does not answer in time.
         """
-        num_replicas = self._config.model_replicas
         for rank in self._ranks:
-            following = rank._replace(replica=(rank.replica + 1) % num_replicas)
+            following, leader = self._following(rank), rank._replace(tensor_rank=0)
             self._control.send(
                 rank.name,
                 ConnectRank(
-                    next_address=self._addresses[following] if num_replicas > 1 else None,
-                    next_secret=self._ring_secrets[following],
-                    next_fingerprint=self._fingerprint,
+                    following=self._address(following, rank) if following != rank else None,
+                    leader=self._address(leader, rank) if leader != rank else None,
                     store_host=_LOCALHOST,
                     store_port=self._store_ports[rank.replica],
                 ),
@@ -166,7 +164,7 @@ class ModelRanks:
         for rank in self._ranks:
             link = connect(
                 self._addresses[rank],
-                self._engine_secrets[rank],
+                self._secret(rank, ENGINE),
                 self._fingerprint,
                 ENGINE,
                 self._deadline,
@@ -201,18 +199,18 @@ class ModelRanks:
             reply = self._control.request(rank.name, IntegrityQuery(num_steps), deadline)
             assert isinstance(reply, IntegrityReply), f"{rank.name} answered {reply!r}"
             replies[rank.name] = reply
-        first = next(iter(replies.values()))
         problems = [f"{name}: {p}" for name, reply in replies.items() for p in reply.problems]
+        first = replies[self._ranks[0].name]
         problems += [
-            f"{name} holds sequences {sorted(reply.sequences)} in {reply.pages_used} pages, another "
-            f"rank {sorted(first.sequences)} in {first.pages_used}"
+            f"{name} holds sequences {sorted(reply.sequences)} in {reply.pages_used} pages, "
+            f"another rank {sorted(first.sequences)} in {first.pages_used}"
             for name, reply in replies.items()
             if (reply.pages_used, set(reply.sequences)) != (first.pages_used, set(first.sequences))
         ]
         return IntegrityReply(
             problems=tuple(problems),
-            pages_used=first.pages_used,
-            pages_total=first.pages_total,
+            pages_used=first.pages_used * self._config.tensor_parallel_size,
+            pages_total=first.pages_total * self._config.tensor_parallel_size,
             sequences=first.sequences,
         )
 
@@ -245,7 +243,7 @@ class ModelRanks:
             link.close()
         self._control.close()
 
-    def _rank_start(self, rank: _Rank, threads: RankThreads) -> RankStart:
+    def _rank_start(self, rank: _Rank) -> RankStart:
         index = sorted(self._ranks).index(rank)
         return RankStart(
             name=rank.name,
@@ -255,8 +253,8 @@ class ModelRanks:
             num_replicas=self._config.model_replicas,
             tensor_rank=rank.tensor_rank,
             num_tensor_ranks=self._config.tensor_parallel_size,
-            num_threads=threads.num_threads,
-            cores=threads.cores[index],
+            num_threads=self._deployment.num_threads,
+            cores=self._deployment.model_cores[index],
             startup_timeout_s=self._config.startup_timeout_s,
         )
 
@@ -264,38 +262,46 @@ class ModelRanks:
         self,
         rank: _Rank,
         model: SlicedModel,
-        deployment: Deployment,
         worker_names: dict[int, str],
     ) -> AssignRank:
-        config = self._config
-        previous = rank._replace(replica=(rank.replica - 1) % config.model_replicas)
-        executors = []
-        for executor, name in worker_names.items():
-            secret = self._worker_secrets[rank, executor] = secrets.token_bytes(32)
-            executors.append((executor, RankPeer(name, secret, self._fingerprint)))
+        config, deployment = self._config, self._deployment
+        previous = next(r for r in self._ranks if self._following(r) == rank)
+        is_leader = rank.tensor_rank == 0
+        followers = [r for r in self._ranks if r.replica == rank.replica and r.tensor_rank]
         return AssignRank(
-            engine=RankPeer(ENGINE, self._engine_secrets[rank], self._fingerprint),
-            previous=(
-                RankPeer(previous.name, self._ring_secrets[rank], self._fingerprint)
-                if config.model_replicas > 1
-                else None
-            ),
-            executors=tuple(executors),
+            engine=self._peer(rank, ENGINE),
+            previous=self._peer(rank, previous.name) if previous != rank else None,
+            followers=tuple(self._peer(rank, r.name) for r in followers if is_leader),
+            executors=tuple((e, self._peer(rank, name)) for e, name in worker_names.items()),
             page_units=tuple((e, deployment.page_units[e]) for e in worker_names),
             transport="tcp" if config.transport == "tcp" else "shm",
             host=_LOCALHOST,
-            num_micro_batches=deployment.max_micro_batches,
-            num_units=head_units(model.attention_specs),
+            num_micro_batches=deployment.max_depth,
+            num_units=deployment.units,
             num_pages=deployment.num_pages[LOCAL],
             page_tokens=config.block_size,
             kv_cache_dtype=config.kv_cache_dtype,
             max_rows=config.max_num_batched_tokens,
             max_spans=config.max_num_seqs,
-            max_shares=max_shares(config, head_units(model.attention_specs)),
+            max_shares=max_shares(config, deployment.units),
             early_q=config.early_q,
             step_deadline_s=config.step_deadline_s,
             busy_poll_s=config.busy_poll_s,
         )
+
+    def _following(self, rank: _Rank) -> _Rank:
+        return rank._replace(replica=(rank.replica + 1) % self._config.model_replicas)
+
+    def _secret(self, rank: _Rank, peer: str) -> bytes:
+        """What `peer` presents to the rank's listener."""
+        return self._secrets.setdefault((rank.name, peer), secrets.token_bytes(32))
+
+    def _peer(self, rank: _Rank, name: str) -> RankPeer:
+        return RankPeer(name, self._secret(rank, name), self._fingerprint)
+
+    def _address(self, rank: _Rank, peer: _Rank) -> RankAddress:
+        """Where and how `peer` connects to the rank."""
+        return RankAddress(self._addresses[rank], self._secret(rank, peer.name), self._fingerprint)
 
     def _wait_for_joins(self) -> None:
         missing = {*(rank.name for rank in self._ranks), *self._hosts}
