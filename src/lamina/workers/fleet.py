@@ -12,7 +12,6 @@ import torch
 
 from lamina import _native
 from lamina.attention.executor import AttentionExecutor
-from lamina.attention.partition import query_head_range, shard_specs
 from lamina.attention.spec import fingerprint
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
@@ -21,10 +20,13 @@ from lamina.transport.control import ControlServer
 from lamina.transport.handshake import Listener
 from lamina.transport.inproc import inproc_pair
 from lamina.transport.native import NativeLink
+from lamina.transport.topology import step_mailboxes
 from lamina.transport.wire import (
     Assign,
+    Assigned,
     IntegrityQuery,
     IntegrityReply,
+    LinkAddress,
     ShutdownWorker,
     WorkerError,
 )
@@ -32,7 +34,9 @@ from lamina.types import LOCAL
 from lamina.workers.attention import WorkerStart, integrity, run_attention_worker
 from lamina.workers.deployment import Deployment
 from lamina.workers.process import WorkerProcess
-from lamina.workers.routes import ExecutorEnd, Share
+from lamina.workers.plans import PlanEnd
+from lamina.workers.ranks import ModelRanks
+from lamina.workers.routes import ExecutorEnd
 from lamina.workers.serving import ExecutorServer
 
 logger = logging.getLogger("lamina.workers")
@@ -49,13 +53,16 @@ class ExecutorFleet:
         config: EngineConfig,
         model: SlicedModel,
         deployment: Deployment,
-        pool: _native.ThreadPool,
+        pool: _native.ThreadPool | None,
+        ranks: ModelRanks | None,
     ) -> None:
         """Prepare; `start` is the way to get a running fleet."""
         self.ends: list[ExecutorEnd] = []
-        """The model worker's ends of the links to all executors."""
+        """The model worker's ends of the same links; none where ranks of their own have them."""
         self.plan_ends: list[PlanEnd] = []
-        """The engine's ends of the same links."""
+        """The engine's ends of the links to all executors that it posts plans to."""
+        self.read_bytes_per_s: dict[int, float] = {}
+        """How fast each remote executor reads memory, measured when it joined."""
         self._config = config
         self._model = model
         self._deployment = deployment
@@ -67,7 +74,8 @@ class ExecutorFleet:
         self._lock = threading.Lock()
         self._closing = False
         self._control: ControlServer | None = None
-        self._local = self._start_local(pool)
+        self._ranks = ranks
+        self._local = None if pool is None else self._start_local(pool)
 
     @classmethod
     def start(
@@ -75,18 +83,23 @@ class ExecutorFleet:
         config: EngineConfig,
         model: SlicedModel,
         deployment: Deployment,
-        pool: _native.ThreadPool,
+        *,
+        pool: _native.ThreadPool | None = None,
+        ranks: ModelRanks | None = None,
     ) -> ExecutorFleet:
         """Start all executors and connect them.
 
         Args:
+            model: with ranks, its structure and sinks are enough.
             pool: the model worker's threads, which the local executor uses when slices do not.
+            ranks: instead of a pool: the model's ranks, which have local executors of their own and
+                wait for the attention workers.
 
         Raises:
             CapacityError: a cache's memory cannot be had.
             EngineDead: a worker process did not start.
         """
-        fleet = cls(config, model, deployment, pool)
+        fleet = cls(config, model, deployment, pool, ranks)
         try:
             if deployment.remote:
                 fleet._start_remote()
@@ -103,7 +116,9 @@ class ExecutorFleet:
         return self._lost.get(executor)
 
     def check(self) -> None:
-        """PeerLost if any executor is lost."""
+        """PeerLost if any executor, or a rank, is lost."""
+        if self._ranks is not None:
+            self._ranks.check()
         for executor, reason in list(self._lost.items()):
             raise PeerLost(reason, peer=self._names[executor])
 
@@ -114,9 +129,12 @@ class ExecutorFleet:
             PeerLost, DeadlineExceeded: a worker does not answer.
         """
         reports: dict[int, IntegrityReply] = {}
-        for end in self.ends:
+        if self._local is not None:
+            reports[LOCAL] = integrity(self._local)
+        elif self._ranks is not None:
+            reports[LOCAL] = self._ranks.integrity()
+        for end in self.plan_ends:
             if end.executor == LOCAL:
-                reports[LOCAL] = integrity(self._local)
                 continue
             assert self._control is not None
             name = self._names[end.executor]
@@ -148,13 +166,14 @@ class ExecutorFleet:
 
     def _start_local(self, pool: _native.ThreadPool) -> AttentionExecutor:
         model, deployment = self._model, self._deployment
-        specs = model.attention_specs
         executor = AttentionExecutor(
-            specs,
+            model.attention_specs,
             model.sinks,
             dtype=model.dtype,
             num_pages=deployment.num_pages[LOCAL],
             page_tokens=self._config.block_size,
+            units=deployment.units,
+            page_units=deployment.page_units[LOCAL],
             kv_cache_dtype=self._config.kv_cache_dtype,
             pool=pool,
         )
@@ -162,13 +181,13 @@ class ExecutorFleet:
         server = ExecutorServer(
             theirs,
             executor,
-            specs,
             dtype=model.dtype,
             max_rows=self._config.max_num_batched_tokens,
             max_spans=self._config.max_num_seqs,
             step_deadline_s=self._config.step_deadline_s,
+            num_micro_batches=deployment.max_depth,
         )
-        self._connect(LOCAL, ours, (0, 1, 1), on_plan=server.take_plan)
+        self._connect(LOCAL, ours, on_plan=server.take_plan)
         return executor
 
     def _start_remote(self) -> None:
@@ -225,28 +244,26 @@ class ExecutorFleet:
         self, control: ControlServer, listener: Listener, executor: int, deadline: float
     ) -> None:
         config, model, deployment = self._config, self._model, self._deployment
-        partition = deployment.partition
-        assert partition is not None
-        share = (0, partition.units, partition.units)
-        specs = shard_specs(model.attention_specs, *share)
         dtype = str(model.dtype).removeprefix("torch.")
         name, secret = self._names[executor], secrets.token_bytes(32)
-        digest = fingerprint(specs, dtype)
+        tensor_links = () if self._ranks is None else self._ranks.tensor_links(name)
+        digest = fingerprint(model.attention_specs, dtype)
         assign = Assign(
             executor=executor,
-            specs=specs,
-            sinks=tuple(
-                None if sinks is None else _bytes(sinks[slice(*query_head_range(spec, *share))])
-                for spec, sinks in zip(model.attention_specs, model.sinks, strict=True)
-            ),
+            specs=model.attention_specs,
+            sinks=tuple(None if sinks is None else _bytes(sinks) for sinks in model.sinks),
+            units=deployment.units,
+            page_units=deployment.page_units[executor],
             dtype=dtype,
             kv_cache_dtype=config.kv_cache_dtype,
             num_pages=deployment.num_pages[executor],
             page_tokens=config.block_size,
             max_rows=config.max_num_batched_tokens,
             max_spans=config.max_num_seqs,
-            tensor_address=listener.address,
-            secret=secret,
+            num_micro_batches=deployment.max_depth,
+            num_ranks=deployment.tensor_parallel_size,
+            plan_link=LinkAddress(listener.address, secret),
+            tensor_links=tensor_links,
             fingerprint=digest,
             step_deadline_s=config.step_deadline_s,
             busy_poll_s=config.busy_poll_s,
@@ -255,28 +272,41 @@ class ExecutorFleet:
         if isinstance(reply, WorkerError):
             error = CapacityError if reply.kind == CapacityError.__name__ else EngineDead
             raise error(f"{name}: {reply.message}")
+        assert isinstance(reply, Assigned), f"{name} answered {type(reply).__name__}"
+        self.read_bytes_per_s[executor] = reply.read_bytes_per_s
         link = listener.accept({secret: (name, digest)}, deadline)
-        self._connect(executor, link, share)
+        self._connect(executor, link)
 
     def _connect(
-        self,
-        executor: int,
-        link: NativeLink,
-        share: Share,
-        on_plan: Callable[[], None] | None = None,
+        self, executor: int, link: NativeLink, on_plan: Callable[[], None] | None = None
     ) -> None:
-        self.ends.append(
-            ExecutorEnd(
+        model, deployment, config = self._model, self._deployment, self._config
+        max_rows, num_ranks = config.max_num_batched_tokens, deployment.tensor_parallel_size
+        channels = step_mailboxes(
+            model.attention_specs, model.dtype.itemsize, max_rows, deployment.max_depth * num_ranks
+        )
+        self.plan_ends.append(
+            PlanEnd(
                 executor,
                 link,
-                self._model.attention_specs,
-                share,
-                dtype=self._model.dtype,
-                max_rows=self._config.max_num_batched_tokens,
-                max_spans=self._config.max_num_seqs,
+                channels,
+                max_spans=config.max_num_seqs,
+                num_ranks=num_ranks,
                 on_plan=on_plan,
             )
         )
+        if self._ranks is None:
+            self.ends.append(
+                ExecutorEnd(
+                    executor,
+                    link,
+                    model.attention_specs,
+                    dtype=model.dtype,
+                    max_rows=max_rows,
+                    page_units=deployment.page_units[executor],
+                    num_micro_batches=deployment.max_depth,
+                )
+            )
         with self._lock:
             self._links[executor] = link
             reason = self._lost.get(executor)
@@ -301,6 +331,8 @@ class ExecutorFleet:
         logger.error("%s is lost: %s", name, reason)
         if link is not None:
             link.fail(reason)
+        if self._ranks is not None:
+            self._ranks.note_lost(name, reason)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

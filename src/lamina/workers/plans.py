@@ -40,12 +40,14 @@ class PlanEnd:
         mailboxes: Sequence[StepMailboxes],
         *,
         max_spans: int,
+        num_ranks: int = 1,
         on_plan: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
-            mailboxes: of every micro-batch.
+            mailboxes: of every channel (`topology.channel_of`).
             max_spans: most sequences of one step.
+            num_ranks: tensor-parallel ranks of the model worker.
             on_plan: called after a plan is posted; runs the executor's side of it where that side
                 lives in this very thread.
         """
