@@ -349,7 +349,7 @@ class LayerLoop:
         self,
         executor: AttentionExecutor,
         plans: Inbox,
-        channels: Sequence[tuple[Sequence[tuple[Inbox, Inbox, Outbox]], Outbox]],
+        channels: Sequence[tuple[Sequence[tuple[Inbox, Inbox, Outbox]], Outbox, int, int]],
         step_deadline_s: float,
     ) -> None:
         """Mailboxes and their links must outlive it.
@@ -357,7 +357,8 @@ class LayerLoop:
         Args:
             plans: the mailbox whose next message ends `serve`.
             channels: for each its mailboxes for q, k and v, and the output at every replica, that
-                of layer 0 first; and that for reports.
+                of layer 0 first; that for reports; its first layer, and how many layers on its next
+                one is.
         """
 
     def add(self, channel: int, number: int, first_message: int, schedule: StepSchedule) -> None:

@@ -11,6 +11,8 @@ from lamina.engine.engine import Engine
 from lamina.kv.pages import cache_dtype_name
 from lamina.workers.deployment import Machine, resolve
 from lamina.workers.fleet import ExecutorFleet
+from lamina.workers.model import ModelWorker
+from lamina.workers.pipeline import LocalPipeline
 from lamina.workers.process import limit_threads, pinned_pool, start_fork_server
 
 
@@ -60,7 +62,20 @@ def start_engine(
     if not is_given:
         model.optimize(pool, compile=config.compile)
     fleet = ExecutorFleet.start(config, model, deployment, pool)
-    return StartedEngine(Engine(config, model, deployment, fleet), fleet)
+    worker = ModelWorker(
+        model,
+        fleet.ends,
+        num_micro_batches=deployment.max_depth,
+        early_q=config.early_q,
+        step_deadline_s=config.step_deadline_s,
+    )
+    pipeline = LocalPipeline(
+        worker,
+        fleet.plan_ends,
+        num_micro_batches=deployment.max_depth,
+        step_deadline_s=config.step_deadline_s,
+    )
+    return StartedEngine(Engine(config, model, deployment, fleet, pipeline), fleet)
 
 
 def this_machine() -> Machine:

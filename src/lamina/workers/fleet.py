@@ -33,8 +33,8 @@ from lamina.transport.wire import (
 from lamina.types import LOCAL
 from lamina.workers.attention import WorkerStart, integrity, run_attention_worker
 from lamina.workers.deployment import Deployment
-from lamina.workers.process import WorkerProcess
 from lamina.workers.plans import PlanEnd
+from lamina.workers.process import WorkerProcess
 from lamina.workers.ranks import ModelRanks
 from lamina.workers.routes import ExecutorEnd
 from lamina.workers.serving import ExecutorServer
@@ -292,6 +292,7 @@ class ExecutorFleet:
                 channels,
                 max_spans=config.max_num_seqs,
                 num_ranks=num_ranks,
+                units=deployment.units,
                 on_plan=on_plan,
             )
         )

@@ -6,14 +6,14 @@ runs slice l + 1, over the ring's link and ahead of the context. With one replic
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 from lamina.attention.executor import AttentionExecutor
 from lamina.convert import SlicedModel
 from lamina.transport.inproc import inproc_pair
-from lamina.transport.topology import REPORT_BYTES_PER_LAYER, step_mailboxes
+from lamina.transport.topology import step_mailboxes
 from lamina.types import LOCAL, ExecutorPlan
-from lamina.workers.plans import PlanEnd
+from lamina.workers.plans import PlanEnd, Times
 from lamina.workers.rank_links import RankLinks
 from lamina.workers.routes import ExecutorEnd
 from lamina.workers.serving import ExecutorServer, Turn
@@ -60,8 +60,8 @@ class LocalServing:
             on_plan=self._server.take_plan,
         )
         self._num_messages = [0] * assign.num_micro_batches
-        self._reports: dict[int, torch.Tensor] = {}
-        self._no_report = torch.zeros(len(specs), REPORT_BYTES_PER_LAYER // 8, dtype=torch.float64)
+        self._reports: dict[int, Times] = {}
+        self._no_report: Times = np.zeros((len(specs), 4))
 
     def begin(self, part: ExecutorPlan, deadline: float) -> None:
         """Take up a step's plan, of this rank's head units."""
@@ -70,10 +70,10 @@ class LocalServing:
         self._num_messages[part.micro_batch] = attends + stores
         self._plans.post(part, deadline)
 
-    def end_step(self, micro_batch: int, step: int) -> torch.Tensor:
+    def end_step(self, micro_batch: int, step: int) -> Times:
         """What the executor reports on the micro-batch's step, which is through here."""
         self._num_messages[micro_batch] = 0
-        self._reports.update({r.step: r.times_L4 for r in self._plans.take_reports()})
+        self._reports.update({r.step: r.times for r in self._plans.take_reports()})
         return self._reports.pop(step, self._no_report)
 
     def run_layer(self, micro_batch: int) -> None:

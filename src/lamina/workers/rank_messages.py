@@ -11,6 +11,7 @@ import torch
 from lamina.errors import ProtocolMismatch
 from lamina.types import StepPlan
 from lamina.workers.model import StepInputs
+from lamina.workers.plans import Times
 from lamina.workers.steptimes import NUM_TIMES
 
 _TIMES_PER_LAYER = 4
@@ -57,8 +58,8 @@ class RankResult(NamedTuple):
 
     times: array[float]
     """`SliceTimes` of the slices that it ran, zeros for the others."""
-    report_L4: torch.Tensor
-    """float64, its local executor's report; zeros where that had nothing to do."""
+    report: Times
+    """Its local executor's; zeros where that had nothing to do."""
     logits_RV: torch.Tensor | None
     """Of the rank that ran the step's last slice (the first of its replica)."""
 
@@ -72,7 +73,7 @@ def result_parts(result: RankResult) -> list[torch.Tensor]:
     """A RESULT message, to be posted."""
     times = torch.frombuffer(result.times, dtype=torch.float64)
     logits = [] if result.logits_RV is None else [result.logits_RV.contiguous()]
-    return [times, result.report_L4, *logits]
+    return [times, torch.from_numpy(result.report), *logits]
 
 
 def unpack_result(
@@ -88,7 +89,7 @@ def unpack_result(
     rest = payload[_head_bytes(num_layers) :]
     return RankResult(
         array("d", head[:num_times].tolist()),
-        head[num_times:].view(num_layers, _TIMES_PER_LAYER).clone(),
+        head[num_times:].view(num_layers, _TIMES_PER_LAYER).numpy().copy(),
         rest.view(dtype).view(logits_shape) if len(rest) else None,
     )
 

@@ -65,7 +65,9 @@ class ModelRanks:
     def __init__(self, config: EngineConfig, deployment: Deployment) -> None:
         """Start the hosts, which begin to load the model at once."""
         self.links: dict[str, NativeLink] = {}
-        """The engine's link to every rank, by name, the first rank of each replica first."""
+        """The engine's link to every rank, by name."""
+        self.num_steps = 0
+        """Steps that every rank has been sent."""
         self._config = config
         self._deployment = deployment
         self._ranks = [
@@ -73,6 +75,8 @@ class ModelRanks:
             for tensor_rank in range(config.tensor_parallel_size)
             for replica in range(config.model_replicas)
         ]
+        self.leaders = frozenset(rank.name for rank in self._ranks if rank.tensor_rank == 0)
+        """The first rank of each replica."""
         self._deadline = time.monotonic() + config.startup_timeout_s
         self._addresses: dict[_Rank, str] = {}
         self._secrets: dict[tuple[str, str], bytes] = {}
@@ -184,11 +188,9 @@ class ModelRanks:
         for name, reason in list(self._lost.items()):
             raise PeerLost(reason, peer=name)
 
-    def integrity(self, num_steps: int) -> IntegrityReply:
-        """What the ranks' local executors say of their pages, as if they were one.
-
-        Args:
-            num_steps: steps that they have been sent.
+    def integrity(self) -> IntegrityReply:
+        """What the ranks' local executors say of their pages, as if they were one, all steps taken
+        up that they have been sent.
 
         Raises:
             PeerLost, DeadlineExceeded: a rank does not answer.
@@ -196,7 +198,7 @@ class ModelRanks:
         replies: dict[str, IntegrityReply] = {}
         for rank in self._ranks:
             deadline = time.monotonic() + _QUERY_TIMEOUT_S
-            reply = self._control.request(rank.name, IntegrityQuery(num_steps), deadline)
+            reply = self._control.request(rank.name, IntegrityQuery(self.num_steps), deadline)
             assert isinstance(reply, IntegrityReply), f"{rank.name} answered {reply!r}"
             replies[rank.name] = reply
         problems = [f"{name}: {p}" for name, reply in replies.items() for p in reply.problems]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from lamina import _native
@@ -16,7 +16,7 @@ from lamina.transport.topology import STEP_MAILBOX, result_mailbox, step_mailbox
 from lamina.types import LOCAL, StepPlan
 from lamina.workers.model import StepInputs
 from lamina.workers.pipeline import Finished, executor_parts
-from lamina.workers.plans import PlanEnd, Report
+from lamina.workers.plans import PlanEnd, Report, Times
 from lamina.workers.rank_messages import RankResult, pack_step, result_bytes, unpack_result
 from lamina.workers.ranks import ModelRanks
 from lamina.workers.steptimes import StepTimes
@@ -25,12 +25,21 @@ from lamina.workers.steptimes import StepTimes
 class _InFlight:
     """A step that the ranks work on."""
 
-    def __init__(self, plan: StepPlan, num_logit_rows: int, ranks: Sequence[str]) -> None:
+    def __init__(
+        self,
+        plan: StepPlan,
+        executors: frozenset[int],
+        *,
+        num_logit_rows: int,
+        ranks: Iterable[str],
+        deadline: float,
+    ) -> None:
         self.plan = plan
+        self.executors = executors
         self.num_logit_rows = num_logit_rows
         self.waiting = list(ranks)
         self.results: dict[str, RankResult] = {}
-        self.deadline = 0.0
+        self.deadline = deadline
 
 
 class RemotePipeline:
@@ -59,8 +68,6 @@ class RemotePipeline:
         """
         self.num_micro_batches = num_micro_batches
         self.times = StepTimes()
-        self.num_steps = 0
-        """Steps that every rank has been sent."""
         self._ranks = ranks
         self._model = model
         self._plan_ends = {end.executor: end for end in plan_ends}
@@ -83,39 +90,47 @@ class RemotePipeline:
         start = time.monotonic()
         deadline = start + self._step_deadline_s
         try:
-            for executor, part in executor_parts(plan).items():
+            parts = executor_parts(plan)
+            for executor, part in parts.items():
                 if executor != LOCAL:
                     self._plan_ends[executor].post(part, deadline)
-            self.num_steps += 1
+            self._ranks.num_steps += 1
             step = pack_step(plan, inputs)
             for outbox in self._steps.values():
-                outbox.post(self.num_steps, step, deadline=deadline)
+                outbox.post(self._ranks.num_steps, step, deadline=deadline)
         except PeerLost:
             self._ranks.check()  # who was lost first
             raise
         if plan.spans:
-            in_flight = _InFlight(plan, len(inputs.logit_rows_R), list(self._results))
-            in_flight.deadline = start + self._result_deadline_s
-            self._in_flight[plan.micro_batch] = in_flight
+            self._in_flight[plan.micro_batch] = _InFlight(
+                plan,
+                frozenset(e for e, part in parts.items() if part.spans),
+                num_logit_rows=len(inputs.logit_rows_R),
+                ranks=self._results,
+                deadline=start + self._result_deadline_s,
+            )
         else:
             self._through.append(plan)
         self.times.steps_s += time.monotonic() - start
 
     def collect(self) -> Finished:
         start = time.monotonic()
+        reports = []
         if self._through:
-            plan, times, reports = self._through.popleft(), {}, []
+            plan, executors, times = self._through.popleft(), frozenset[int](), {}
             logits = self._no_logits()
         else:
             step = self._wait()
-            plan, times = step.plan, {name: r.times for name, r in step.results.items()}
-            logits, reports = self._logits(step), [self._local_report(step)]
+            plan, executors, logits = step.plan, step.executors, self._logits(step)
+            times = {name: result.times for name, result in step.results.items()}
             for one in times.values():
                 self.times.add(one)
+            if LOCAL in executors:
+                reports.append(self._local_report(step))
         for end in self._plan_ends.values():
             reports += end.take_reports()
         self.times.steps_s += time.monotonic() - start
-        return Finished(plan, logits, times, tuple(reports))
+        return Finished(plan, logits, executors, times, tuple(reports))
 
     def _wait(self) -> _InFlight:
         """Block until all ranks are through with one of the steps."""
@@ -164,6 +179,6 @@ class RemotePipeline:
 
     def _local_report(self, step: _InFlight) -> Report:
         """The local executors' reports as one: each layer is served by one replica's."""
-        first_ranks = [r for name, r in step.results.items() if name.endswith(".0")]
-        total = torch.stack([result.report_L4 for result in first_ranks]).sum(0)
+        leaders = [r for name, r in step.results.items() if name in self._ranks.leaders]
+        total: Times = np.sum([result.report for result in leaders], axis=0)
         return Report(LOCAL, step.plan.step, total)
