@@ -48,12 +48,13 @@ def rebalance(
 
 
 def best_for_newcomer(
-    running: Iterable[Sequence], depth: int, max_num_rows: int, *, asking: int
+    running: Iterable[Sequence], depth: int, num_rows: int, max_num_rows: int, *, asking: int
 ) -> int | None:
-    """The micro-batch where a prompt disturbs the fewest decode rows, then the fewest cached
-    tokens.
+    """The micro-batch where a prompt of `num_rows` rows disturbs the fewest decode rows; then one
+    whose next step can take it whole, then that with the fewest cached tokens.
 
     Args:
+        max_num_rows: most rows of one step.
         asking: is preferred among equals.
 
     Returns:
@@ -69,8 +70,9 @@ def best_for_newcomer(
         else:
             num_decoding[micro_batch] += 1
             tokens[micro_batch] += sequence.num_tokens
+    room = [max_num_rows - num_decoding[m] - prompt_rows[m] for m in range(depth)]
     return min(
-        (m for m in range(depth) if num_decoding[m] + prompt_rows[m] < max_num_rows),
-        key=lambda m: (num_decoding[m], tokens[m], m != asking, m),
+        (m for m in range(depth) if room[m] > 0),
+        key=lambda m: (num_decoding[m], room[m] < num_rows, tokens[m], m != asking, m),
         default=None,
     )

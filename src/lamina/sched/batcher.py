@@ -208,7 +208,8 @@ class Batcher:
             Stop tokens are not appended. A finished sequence is forgotten; its pages are released
             with the next plan.
         """
-        assert self._in_flight.pop(plan.micro_batch) is plan, "the plan is the one in flight"
+        in_flight = self._in_flight.pop(plan.micro_batch, None)
+        assert in_flight is plan, "a plan in flight is applied, and once"
         finishes: dict[int, Finish | None] = {}
         for span in plan.spans:
             sequence = self._sequences[span.sequence]
@@ -313,7 +314,7 @@ class Batcher:
     def _admit(self, spans: list[Span], micro_batch: int, rows_left: int) -> None:
         """Start waiting sequences while there are rows and pages, unless they do better
         elsewhere."""
-        if rows_left <= 0 or not self._waiting or len(self._running) >= self._max_num_seqs:
+        if not self._waiting or micro_batch >= self._depth:
             return
         # The next page stays free for each running sequence that may still need one, so that those
         # that run can go on for a while before the newcomer would have to be preempted again.
@@ -321,9 +322,15 @@ class Batcher:
         for running in self._running:
             self._add_next_pages(running, keep_free)
         while rows_left > 0 and self._waiting and len(self._running) < self._max_num_seqs:
-            if not self._is_best(micro_batch):
-                return
             sequence = self._waiting[0]
+            if micro_batch != best_for_newcomer(
+                self._running,
+                self._depth,
+                sequence.num_tokens,
+                self._max_num_rows,
+                asking=micro_batch,
+            ):
+                return
             placement = self.placer.place(
                 sequence.num_tokens, sequence.longest(self.max_model_len), keep_free
             )
@@ -338,12 +345,6 @@ class Batcher:
             insort(self._running, sequence, key=_by_age)
             self._add_next_pages(sequence, keep_free)
             rows_left -= self._append_prompt_rows(spans, sequence, rows_left)
-
-    def _is_best(self, micro_batch: int) -> bool:
-        """Whether the next newcomer should start in this micro-batch."""
-        return micro_batch < self._depth and micro_batch == best_for_newcomer(
-            self._running, self._depth, self._max_num_rows, asking=micro_batch
-        )
 
     def _add_next_pages(self, sequence: Sequence, pages: dict[int, int]) -> None:
         """Add what the sequence will need next if it grows beyond the pages that it holds."""
