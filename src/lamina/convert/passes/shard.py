@@ -147,7 +147,7 @@ class _Writer:
         for node in inputs:
             self._values[node, None] = self._argument(node, node.meta["val"])
         for node in trace.graph.nodes:
-            if node.op == "call_function":
+            if node.op == "call_function" and node in self._plan.wanted:
                 self._write(node)
         logits = self._get(trace.logits)
         self._graph.output((logits,))
@@ -189,12 +189,6 @@ class _Writer:
             if found is not None:
                 return self._sliced(self._get(node, part), Shard(part.dim, found), node)
         return self._sliced(self._get(node), wanted, node)
-
-    def _any(self, node: fx.Node) -> fx.Node:
-        """A node of the value's dtype and device."""
-        if node.op == "placeholder" or node in self._sums:
-            return self._get(node)
-        return self._get(node, self._plan.parts.get(node))
 
     def _weight(self, node: fx.Node, wanted: Wanted) -> fx.Node:
         value = node.meta["val"]
@@ -287,7 +281,7 @@ class _Writer:
 
     def _write_part(self, node: fx.Node, part: Shard, inputs: Inputs) -> None:
         def argument(source: fx.Node) -> fx.Node:
-            return self._get(source, inputs[source]) if source in inputs else self._any(source)
+            return self._get(source, inputs[source])
 
         target, args = arguments_for(node, part)
         made = self._call(node, target, map_arg(args, argument), part)

@@ -43,7 +43,7 @@ class ShardPlan:
     sums: set[fx.Node] = field(default_factory=set)
     """Linears whose results are partial sums: all of `rows` and some of `divided`."""
     wanted: dict[fx.Node, list[Wanted]] = field(default_factory=dict)
-    """What the users of each value want of it."""
+    """What the users of each value want of it; values that are not in it are not needed."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class _Planner:
                 vocabulary = self._share(self._logits, -1)
                 in_parts = vocabulary and self._comes_in_parts(self._logits, vocabulary, node)
                 self._want({self._logits: vocabulary if in_parts else None})
-            elif node.op == "call_function":
+            elif node.op == "call_function" and node in self._plan.wanted:
                 self._want(self._decide(node))
         return self._plan
 
