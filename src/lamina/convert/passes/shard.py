@@ -14,6 +14,7 @@ writes the graph:
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,10 +50,8 @@ _aten = torch.ops.aten
 _SPLITS = (_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default)
 
 
-def shard_trace(
-    trace: Trace, specs: tuple[AttentionSpec, ...], parallel: TensorParallel
-) -> Trace:
-    """The rank's trace. `trace` stays as it is; with one rank it is returned.
+def shard_trace(trace: Trace, specs: tuple[AttentionSpec, ...], parallel: TensorParallel) -> Trace:
+    """The rank's trace. `trace` stays as it is; with one rank there are no collectives.
 
     Args:
         specs: of the whole model's attention ops, in order.
@@ -61,7 +60,7 @@ def shard_trace(
         ConfigError: the heads cannot be shared out evenly over so many ranks.
     """
     if parallel.size == 1:
-        return trace
+        return replace(trace, parallel=parallel)
     _check_heads(specs, parallel)
     trace = _with_slices_for_splits(trace)
     heads = {
@@ -253,7 +252,7 @@ class _Writer:
 
     def _call(self, node: fx.Node, target: Any, args: Any, part: Wanted = None) -> fx.Node:
         """A new node that stands for `part` of `node`."""
-        made = self._graph.call_function(target, args)
+        made = self._graph.create_node("call_function", target, args, {}, node.name)
         made.meta = dict(node.meta)
         if part is not None:
             value = node.meta["val"]
@@ -263,7 +262,9 @@ class _Writer:
     def _write(self, node: fx.Node) -> None:
         part = self._plan.parts.get(node)
         if node in self._heads:
-            self._write_part(node, self._plan.parts[node], attention_inputs(node, self._heads[node]))
+            self._write_part(
+                node, self._plan.parts[node], attention_inputs(node, self._heads[node])
+            )
         elif node in self._plan.rows:
             self._write_rows(node, self._plan.rows[node])
         elif node in self._plan.divided:

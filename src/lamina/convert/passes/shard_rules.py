@@ -102,10 +102,10 @@ def _dim(node: fx.Node, position: int, default: int) -> int:
 
 
 def _with_size(sizes: Any, shard: Shard) -> list[Any]:
-    sizes = list(sizes)
-    if sizes[shard.dim] != -1:
-        sizes[shard.dim] = len(shard)
-    return sizes
+    changed = [*sizes]
+    if changed[shard.dim] != -1:
+        changed[shard.dim] = len(shard)
+    return changed
 
 
 def _is_pointwise(node: fx.Node) -> bool:
