@@ -30,7 +30,9 @@ class TensorParallel:
     def __post_init__(self) -> None:
         """Raises ConfigError."""
         if self.size < 1:
-            raise ConfigError(f"tensor_parallel_size={self.size} is no number of ranks; use 1 or more")
+            raise ConfigError(
+                f"tensor_parallel_size={self.size} is no number of ranks; use 1 or more"
+            )
         if not 0 <= self.rank < self.size:
             raise ConfigError(
                 f"tensor-parallel rank {self.rank} does not exist: with tensor_parallel_size="
@@ -79,6 +81,13 @@ def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
 @all_reduce.register_fake
 def _all_reduce_fake(x: torch.Tensor, group: str) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def all_reduce_in_place(x: torch.Tensor, group: str) -> torch.Tensor:
+    """The sum of all ranks' `x`, in the memory of `x` if that is contiguous."""
+    x = x.contiguous()
+    _collectives(group).all_reduce(x)
+    return x
 
 
 @torch.library.custom_op("lamina::all_gather", mutates_args=())

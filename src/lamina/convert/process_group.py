@@ -1,4 +1,4 @@
-"""Collectives of ranks in processes of their own, over torch.distributed: gloo on CPUs, NCCL on GPUs.
+"""Collectives of ranks in processes of their own, with torch.distributed's gloo (CPU) or NCCL (GPU).
 
 Rank 0 opens a store, whose port the system chooses, and passes the address on; every rank then
 makes a `ProcessGroup` from it. No global state of torch.distributed is used.
@@ -12,11 +12,15 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from lamina.errors import DeadlineExceeded, PeerLost, ProtocolMismatch, TransportError
 
 _PEER = "tensor-parallel group"
+
+_dist: Any = torch.distributed
+Store = Any
+"""A torch.distributed.Store, whose stubs hide the class."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,14 @@ class Rendezvous:
     port: int
 
 
-def open_store(host: str = "127.0.0.1", *, timeout_s: float) -> tuple[dist.TCPStore, Rendezvous]:
+def open_store(host: str = "127.0.0.1", *, timeout_s: float) -> tuple[Store, Rendezvous]:
     """Rank 0's store and the address for the other ranks. Keep the store as long as the group.
 
     Raises:
         TransportError: this machine cannot listen on `host`.
     """
     try:
-        store = dist.TCPStore(
+        store = _dist.TCPStore(
             host, 0, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
         )
     except (RuntimeError, ValueError) as error:
@@ -45,14 +49,14 @@ def open_store(host: str = "127.0.0.1", *, timeout_s: float) -> tuple[dist.TCPSt
     return store, Rendezvous(host, store.port)
 
 
-def join_store(rendezvous: Rendezvous, *, timeout_s: float) -> dist.TCPStore:
+def join_store(rendezvous: Rendezvous, *, timeout_s: float) -> Store:
     """Another rank's connection to rank 0's store.
 
     Raises:
         DeadlineExceeded: nobody listens there.
     """
     try:
-        return dist.TCPStore(
+        return _dist.TCPStore(
             rendezvous.host,
             rendezvous.port,
             is_master=False,
@@ -72,7 +76,7 @@ class ProcessGroup:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         rank: int,
         size: int,
         *,
@@ -83,7 +87,7 @@ class ProcessGroup:
         """Blocks until all ranks have come.
 
         Args:
-            timeout_s: the longest wait for other ranks, here and in every call: the step's deadline.
+            timeout_s: the longest wait for other ranks, here and in every call: a step's deadline.
             address: of this rank, for the others to connect to; None: what gloo chooses.
 
         Raises:
@@ -92,23 +96,22 @@ class ProcessGroup:
         self.rank = rank
         self.size = size
         self._timeout = timedelta(seconds=timeout_s)
-        module: Any = dist
-        prefixed = dist.PrefixStore(_PEER, store)
+        prefixed = _dist.PrefixStore(_PEER, store)
         with _TypedErrors(f"connecting {size} ranks", timeout_s):
             if backend == "nccl":
-                options = module.ProcessGroupNCCL.Options()
+                options = _dist.ProcessGroupNCCL.Options()
                 options._timeout = self._timeout
-                self._group = module.ProcessGroupNCCL(prefixed, rank, size, options)
+                self._group = _dist.ProcessGroupNCCL(prefixed, rank, size, options)
             else:
-                options = module.ProcessGroupGloo._Options()
+                options = _dist.ProcessGroupGloo._Options()
                 options._devices = [
-                    module.ProcessGroupGloo.create_device(hostname=address)
+                    _dist.ProcessGroupGloo.create_device(hostname=address)
                     if address is not None
-                    else module.ProcessGroupGloo.create_default_device()
+                    else _dist.ProcessGroupGloo.create_default_device()
                 ]
                 options._timeout = self._timeout
                 options._threads = 1
-                self._group = module.ProcessGroupGloo(prefixed, rank, size, options)
+                self._group = _dist.ProcessGroupGloo(prefixed, rank, size, options)
 
     def all_reduce(self, x: torch.Tensor) -> None:
         """See `Collectives`. Raises DeadlineExceeded or PeerLost."""

@@ -96,8 +96,8 @@ def load_tensors(
 ) -> dict[fx.Node, torch.Tensor]:
     """Values of the trace's weights and constants, on the CPU, sharing the loaded model's memory.
 
-    Of a weight that the trace has in part, a copy of that part is kept and the rest is freed, tensor
-    by tensor. A part that can be a view of a tensor that is kept whole anyway is one.
+    Of a weight that the trace has in part, a copy of that part is kept and the rest is freed,
+    tensor by tensor. A part that can be a view of a tensor that is kept whole anyway is one.
 
     Args:
         load_format: `dummy` makes random weights from `seed` instead of reading any.

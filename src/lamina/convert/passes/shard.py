@@ -14,6 +14,7 @@ writes the graph:
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,10 +50,8 @@ _aten = torch.ops.aten
 _SPLITS = (_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default)
 
 
-def shard_trace(
-    trace: Trace, specs: tuple[AttentionSpec, ...], parallel: TensorParallel
-) -> Trace:
-    """The rank's trace. `trace` stays as it is; with one rank it is returned.
+def shard_trace(trace: Trace, specs: tuple[AttentionSpec, ...], parallel: TensorParallel) -> Trace:
+    """The rank's trace. `trace` stays as it is; with one rank there are no collectives.
 
     Args:
         specs: of the whole model's attention ops, in order.
@@ -61,7 +60,7 @@ def shard_trace(
         ConfigError: the heads cannot be shared out evenly over so many ranks.
     """
     if parallel.size == 1:
-        return trace
+        return replace(trace, parallel=parallel)
     _check_heads(specs, parallel)
     trace = _with_slices_for_splits(trace)
     heads = {
@@ -147,7 +146,7 @@ class _Writer:
         for node in inputs:
             self._values[node, None] = self._argument(node, node.meta["val"])
         for node in trace.graph.nodes:
-            if node.op == "call_function":
+            if node.op == "call_function" and node in self._plan.wanted:
                 self._write(node)
         logits = self._get(trace.logits)
         self._graph.output((logits,))
@@ -189,12 +188,6 @@ class _Writer:
             if found is not None:
                 return self._sliced(self._get(node, part), Shard(part.dim, found), node)
         return self._sliced(self._get(node), wanted, node)
-
-    def _any(self, node: fx.Node) -> fx.Node:
-        """A node of the value's dtype and device."""
-        if node.op == "placeholder" or node in self._sums:
-            return self._get(node)
-        return self._get(node, self._plan.parts.get(node))
 
     def _weight(self, node: fx.Node, wanted: Wanted) -> fx.Node:
         value = node.meta["val"]
@@ -259,7 +252,7 @@ class _Writer:
 
     def _call(self, node: fx.Node, target: Any, args: Any, part: Wanted = None) -> fx.Node:
         """A new node that stands for `part` of `node`."""
-        made = self._graph.call_function(target, args)
+        made = self._graph.create_node("call_function", target, args, {}, node.name)
         made.meta = dict(node.meta)
         if part is not None:
             value = node.meta["val"]
@@ -269,7 +262,9 @@ class _Writer:
     def _write(self, node: fx.Node) -> None:
         part = self._plan.parts.get(node)
         if node in self._heads:
-            self._write_part(node, self._plan.parts[node], attention_inputs(node, self._heads[node]))
+            self._write_part(
+                node, self._plan.parts[node], attention_inputs(node, self._heads[node])
+            )
         elif node in self._plan.rows:
             self._write_rows(node, self._plan.rows[node])
         elif node in self._plan.divided:
@@ -287,7 +282,7 @@ class _Writer:
 
     def _write_part(self, node: fx.Node, part: Shard, inputs: Inputs) -> None:
         def argument(source: fx.Node) -> fx.Node:
-            return self._get(source, inputs[source]) if source in inputs else self._any(source)
+            return self._get(source, inputs[source])
 
         target, args = arguments_for(node, part)
         made = self._call(node, target, map_arg(args, argument), part)

@@ -1,7 +1,7 @@
 """Which values of a graph a tensor-parallel rank computes whole, and which in part.
 
-Attention ops are given: a rank has its heads of q, k, v and the output. From the logits back to the
-inputs every value is then asked for by those that use it, whole or in part, and asks its own inputs:
+Attention ops are given: a rank has its heads of q, k, v and the output. From the logits back to
+the inputs every value is then asked for by its users, whole or in part, and asks its own inputs:
 
 - a value of which all users want parts is computed in part, if its op can (`shard_rules`); a linear
   does with a part of its outputs (a *column* shard of its weights);
@@ -43,7 +43,7 @@ class ShardPlan:
     sums: set[fx.Node] = field(default_factory=set)
     """Linears whose results are partial sums: all of `rows` and some of `divided`."""
     wanted: dict[fx.Node, list[Wanted]] = field(default_factory=dict)
-    """What the users of each value want of it."""
+    """What the users of each value want of it; values that are not in it are not needed."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class Heads:
     kv: tuple[int, int]
 
 
-def heads_of(spec: AttentionSpec, specs: Sequence[AttentionSpec], parallel: TensorParallel) -> Heads:
+def heads_of(
+    spec: AttentionSpec, specs: Sequence[AttentionSpec], parallel: TensorParallel
+) -> Heads:
     """Contiguous, by head units (see `attention.partition`)."""
     units = head_units(specs)
     start, stop = bounds(units, parallel.rank, parallel.size)
@@ -73,9 +75,7 @@ def attention_inputs(node: fx.Node, heads: Heads) -> Inputs:
     return inputs
 
 
-def make_plan(
-    trace: Trace, heads: dict[fx.Node, Heads], parallel: TensorParallel
-) -> ShardPlan:
+def make_plan(trace: Trace, heads: dict[fx.Node, Heads], parallel: TensorParallel) -> ShardPlan:
     """Decide for every node of the trace.
 
     Args:
@@ -85,9 +85,7 @@ def make_plan(
 
 
 class _Planner:
-    def __init__(
-        self, trace: Trace, heads: dict[fx.Node, Heads], parallel: TensorParallel
-    ) -> None:
+    def __init__(self, trace: Trace, heads: dict[fx.Node, Heads], parallel: TensorParallel) -> None:
         self._nodes = list(trace.graph.nodes)
         self._order = {node: i for i, node in enumerate(self._nodes)}
         self._logits = trace.logits
@@ -104,7 +102,7 @@ class _Planner:
                 vocabulary = self._share(self._logits, -1)
                 in_parts = vocabulary and self._comes_in_parts(self._logits, vocabulary, node)
                 self._want({self._logits: vocabulary if in_parts else None})
-            elif node.op == "call_function":
+            elif node.op == "call_function" and node in self._plan.wanted:
                 self._want(self._decide(node))
         return self._plan
 
@@ -145,9 +143,7 @@ class _Planner:
         size = value.shape[dim]
         if not isinstance(size, int) or size < self._parallel.size:
             return None
-        return run(
-            dim % value.dim(), *bounds(size, self._parallel.rank, self._parallel.size)
-        )
+        return run(dim % value.dim(), *bounds(size, self._parallel.rank, self._parallel.size))
 
     def _comes_in_parts(self, value: fx.Node, part: Shard, user: fx.Node) -> bool:
         """Whether `part` of `value` can be computed from parts of linears and attention alone."""

@@ -21,7 +21,7 @@ Wanted = Shard | None
 """A part of a value, or all of it."""
 
 Inputs = dict[fx.Node, Wanted]
-"""What an op needs. An input that is missing may be anything: only its type matters."""
+"""What an op needs. An input that is missing is not needed."""
 
 
 class Linear(NamedTuple):
@@ -102,10 +102,10 @@ def _dim(node: fx.Node, position: int, default: int) -> int:
 
 
 def _with_size(sizes: Any, shard: Shard) -> list[Any]:
-    sizes = list(sizes)
-    if sizes[shard.dim] != -1:
-        sizes[shard.dim] = len(shard)
-    return sizes
+    changed = [*sizes]
+    if changed[shard.dim] != -1:
+        changed[shard.dim] = len(shard)
+    return changed
 
 
 def _is_pointwise(node: fx.Node) -> bool:
@@ -201,8 +201,11 @@ def _expand(node: fx.Node, shard: Shard) -> Inputs:
 
 
 def _new(node: fx.Node, shard: Shard) -> Inputs:
+    """Only the dtype of the first input matters: it may be the same part."""
     source = _first(node)
-    return {n: None for n in node.all_input_nodes if n is not source}
+    like, whole = sizes_of(source.meta["val"].shape, node.meta["val"].shape)
+    is_like = len(like) == len(whole) and like[shard.dim] == whole[shard.dim]
+    return _others_whole(node, {source: shard if is_like else None})
 
 
 def _part_of_cat(node: fx.Node, source: fx.Node, shard: Shard) -> Shard:
@@ -226,6 +229,14 @@ def _cat(node: fx.Node, shard: Shard) -> Inputs | None:
         return None
     parts = {source: _part_of_cat(node, source, shard) for source in inputs}
     return {source: part for source, part in parts.items() if len(part)}
+
+
+def _stack(node: fx.Node, shard: Shard) -> Inputs | None:
+    inputs: Any = node.args[0]
+    at = _dim(node, 1, 0)
+    if at == shard.dim:
+        return None
+    return dict.fromkeys(inputs, shard.on(shard.dim - (at < shard.dim)))
 
 
 def _slice_scatter(node: fx.Node, shard: Shard) -> Inputs | None:
@@ -283,6 +294,7 @@ _RULES: dict[Any, Callable[[fx.Node, Shard], Inputs | None]] = {
     _aten.expand.default: _expand,
     **dict.fromkeys((_aten.new_empty.default, _aten.new_zeros.default), _new),
     _aten.cat.default: _cat,
+    _aten.stack.default: _stack,
     _aten.slice_scatter.default: _slice_scatter,
     _aten.index.Tensor: _index,
     **dict.fromkeys((_aten.mean.dim, _aten.sum.dim_IntList, _aten.amax.default), _reduce),
