@@ -18,6 +18,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -278,6 +279,12 @@ class SlicedModel:
     def num_programs(self) -> int:
         """Distinct programs; does not grow with the number of equal layers."""
         return self.structure.num_programs
+
+    def with_sinks(self, sinks: Sequence[torch.Tensor | None]) -> SlicedModel:
+        """The same model with sinks that are known from elsewhere, for one without weights."""
+        model = copy.copy(self)
+        model.sinks = tuple(sinks)
+        return model
 
     def optimize(self, pool: ThreadPool, *, compile: bool = False, isa: str | None = None) -> None:
         """Rewrite all stages to run in native code on the pool's threads, with packed weights.

@@ -45,6 +45,11 @@ _CLOSE_GRACE_S = 3.0
 _QUERY_TIMEOUT_S = 10.0
 
 
+def worker_name(executor: int) -> str:
+    """What an attention worker is called that the engine starts."""
+    return f"attention-worker-{executor}"
+
+
 class ExecutorFleet:
     """Starts, watches and stops the executors. Used by the engine's thread, except `_on_lost`."""
 
@@ -66,7 +71,7 @@ class ExecutorFleet:
         self._config = config
         self._model = model
         self._deployment = deployment
-        self._names = {e: f"attention-worker-{e}" for e in deployment.remote} | {LOCAL: "local"}
+        self._names = {e: worker_name(e) for e in deployment.remote} | {LOCAL: "local"}
         self._executors = {name: e for e, name in self._names.items()}
         self._processes: dict[int, WorkerProcess] = {}
         self._links: dict[int, NativeLink] = {}

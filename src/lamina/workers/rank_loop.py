@@ -22,8 +22,8 @@ from lamina.workers.model import ModelWorker
 from lamina.workers.pipeline import executor_parts
 from lamina.workers.rank_links import RankLinks
 from lamina.workers.rank_local import LocalServing
-from lamina.workers.rank_order import FollowOrder, LeadOrder, Order
 from lamina.workers.rank_messages import RankResult, result_bytes, result_parts, unpack_step
+from lamina.workers.rank_order import FollowOrder, LeadOrder, Order
 from lamina.workers.ring import Ring
 from lamina.workers.routes import ExecutorEnd
 from lamina.workers.serving import Turn

@@ -60,7 +60,7 @@ class RankResult(NamedTuple):
     """`SliceTimes` of the slices that it ran, zeros for the others."""
     report: Times
     """Its local executor's; zeros where that had nothing to do."""
-    logits_RV: torch.Tensor | None
+    logits: torch.Tensor | None
     """Of the rank that ran the step's last slice (the first of its replica)."""
 
 
@@ -72,7 +72,7 @@ def result_bytes(num_layers: int, max_logits_bytes: int) -> int:
 def result_parts(result: RankResult) -> list[torch.Tensor]:
     """A RESULT message, to be posted."""
     times = torch.frombuffer(result.times, dtype=torch.float64)
-    logits = [] if result.logits_RV is None else [result.logits_RV.contiguous()]
+    logits = [] if result.logits is None else [result.logits.contiguous()]
     return [times, torch.from_numpy(result.report), *logits]
 
 

@@ -147,13 +147,8 @@ class ModelRanks:
             for rank in sorted(self._ranks)
         )
 
-    def connect(self) -> None:
-        """Tell all ranks to connect with each other, and open the engine's own links. The attention
-        workers connect by themselves, before or after.
-
-        Raises:
-            TransportError: a rank is lost, or does not answer in time.
-        """
+    def connect_ranks(self) -> None:
+        """Tell all ranks to connect with each other and to accept the attention workers."""
         for rank in self._ranks:
             following, leader = self._following(rank), rank._replace(tensor_rank=0)
             self._control.send(
@@ -165,6 +160,13 @@ class ModelRanks:
                     store_port=self._store_ports[rank.replica],
                 ),
             )
+
+    def connect(self) -> None:
+        """Open the engine's links.
+
+        Raises:
+            TransportError: a rank is lost, or does not answer in time.
+        """
         for rank in self._ranks:
             link = connect(
                 self._addresses[rank],

@@ -105,7 +105,7 @@ class RemotePipeline:
             self._in_flight[plan.micro_batch] = _InFlight(
                 plan,
                 frozenset(e for e, part in parts.items() if part.spans),
-                num_logit_rows=len(inputs.logit_rows_R),
+                num_logit_rows=len(inputs.logit_rows),
                 ranks=self._results,
                 deadline=start + self._result_deadline_s,
             )
@@ -170,8 +170,8 @@ class RemotePipeline:
 
     def _logits(self, step: _InFlight) -> torch.Tensor:
         for result in step.results.values():
-            if result.logits_RV is not None:
-                return result.logits_RV
+            if result.logits is not None:
+                return result.logits
         return self._no_logits()
 
     def _no_logits(self) -> torch.Tensor:
