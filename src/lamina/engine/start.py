@@ -43,8 +43,8 @@ def start_engine(
     With several model ranks, each in a process of its own, this process has no weights.
 
     Args:
-        model: an already converted model, used as it is, instead of loading `config.model`. Ranks load
-            it all the same.
+        model: an already converted model, used as it is, instead of loading `config.model`. Ranks
+            load it all the same.
         progress: show a progress bar while weights load.
 
     Raises:
@@ -52,7 +52,7 @@ def start_engine(
     """
     has_ranks = config.model_replicas * config.tensor_parallel_size > 1
     if config.attention == "remote" or has_ranks:
-        start_fork_server()  # imports torch meanwhile
+        start_fork_server(for_models=has_ranks)  # imports torch meanwhile
     is_given = model is not None
     if model is None and has_ranks:
         model = convert_structure(config.model, dtype=config.dtype)

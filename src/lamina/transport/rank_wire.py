@@ -70,7 +70,7 @@ class RankAssigned(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ConnectRank(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Connect to these ranks, accept the peers that were assigned, and meet the replica's others."""
+    """Connect to these ranks, accept the assigned peers, and meet the replica's other ranks."""
 
     following: RankAddress | None
     """The same rank of the next replica; None with one replica."""

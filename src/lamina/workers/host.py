@@ -1,7 +1,7 @@
 """The model host: a process that loads a model's weights and forks a rank per replica from it.
 
-There is one per tensor-parallel rank. The replicas' ranks read the same memory, so that a machine has
-one copy of the weights however many replicas there are. The host then only watches its ranks.
+There is one per tensor-parallel rank. The replicas' ranks read the same memory, so that a machine
+has one copy of the weights however many replicas there are. The host then only watches its ranks.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class PlanEnd:
         return reports
 
     def _has_rows(self, part: ExecutorPlan, rank: int) -> bool:
-        """Whether anything of the part is of a rank's heads: else no report comes of that channel."""
+        """Whether anything of the part is of a rank's heads; otherwise it has no report."""
         if self._num_ranks == 1:
             return bool(part.spans)
         size = self._units // self._num_ranks

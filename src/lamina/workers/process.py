@@ -28,6 +28,8 @@ _PRELOADED = (
     "lamina.workers.attention",
     "lamina.workers.frozen",
 )
+_MODEL_PRELOADED = ("lamina.workers.host",)
+"""What model hosts need beyond that: transformers takes as long to import as torch."""
 _EXIT_GRACE_S = 2.0
 """How long children may take to end when their parent exits, before they are killed."""
 _context = multiprocessing.get_context("forkserver")
@@ -97,13 +99,16 @@ def pinned_pool(
     return pool
 
 
-def start_fork_server() -> None:
+def start_fork_server(*, for_models: bool = False) -> None:
     """Start the fork server, if it does not run yet. Does not wait for it.
 
     It takes some seconds to import torch; call this early and do something else meanwhile.
+
+    Args:
+        for_models: model hosts will be started.
     """
     with _processes_lock, _without_main():
-        _context.set_forkserver_preload(list(_PRELOADED))
+        _context.set_forkserver_preload([*_PRELOADED, *(_MODEL_PRELOADED if for_models else ())])
         forkserver.ensure_running()
 
 

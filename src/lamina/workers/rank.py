@@ -1,8 +1,8 @@
 """A model rank: a process that runs one replica's slices, or one tensor-parallel part of them.
 
-Life: forked by a model host with the weights in memory -> get threads -> join over the control channel
--> receive an assignment -> connect with engine, attention workers, the next replica and the other ranks
-of its own -> serve steps until told to stop or the engine is gone.
+Life: forked by a model host with the weights in memory -> get threads -> join over the control
+channel -> receive an assignment -> connect with engine, attention workers, the next replica and the
+other ranks of its own -> serve steps until told to stop or the engine is gone.
 
 A rank that fails tells the engine who is to blame and then waits to be told to stop: its links stay
 open, so that nobody else is blamed for their end.
@@ -19,7 +19,7 @@ import msgspec
 from lamina._native import ThreadPool
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel, TensorParallel, convert
-from lamina.errors import DeadlineExceeded, LaminaError, PeerLost, TransportError
+from lamina.errors import DeadlineExceeded, LaminaError, PeerLost
 from lamina.transport.control_client import ControlClient
 from lamina.transport.join_token import JoinToken
 from lamina.transport.rank_wire import LostPeer
@@ -32,7 +32,8 @@ from lamina.workers.rank_loop import RankLoop
 logger = logging.getLogger("lamina.model")
 
 ENGINE = "engine"
-_SHUTDOWN_POLL_S = 1.0
+_STOP_GRACE_S = 0.25
+"""All ranks are told to stop at the same time, but one is the first to close its links."""
 
 
 class RankStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,29 +102,32 @@ def run_rank(start: RankStart, model: SlicedModel, pool: ThreadPool) -> None:
             links = stack.enter_context(connected(control, start, model, pool, deadline))
             RankLoop(control, start, model, links).serve()
         except Exception as error:  # whatever it is, the engine must learn of it
-            _fail(control, error)
+            if isinstance(error, PeerLost) and _was_told_to_stop(control):
+                return  # and so was the peer, a moment earlier
+            _tell(control, error)
             if not isinstance(error, LaminaError):
                 raise
             logger.error("%s stops: %s", start.name, error)
             raise SystemExit(1) from None
 
 
-def _fail(control: ControlClient, error: Exception) -> None:
+def _tell(control: ControlClient, error: Exception) -> None:
     """Tell the engine whose fault it is; returns when that says stop or is gone."""
     if control.engine_lost is not None:
         return
     if isinstance(error, PeerLost | DeadlineExceeded) and error.peer != ENGINE:
-        assert isinstance(error, TransportError)
         control.send(LostPeer(error.peer, error.reason))
     else:
         control.send(WorkerError(type(error).__name__, str(error)))
-    with contextlib.suppress(PeerLost):
-        _wait_for_shutdown(control)
+    while control.engine_lost is None and not _was_told_to_stop(control):
+        pass
 
 
-def _wait_for_shutdown(control: ControlClient) -> None:
-    while True:
-        with contextlib.suppress(DeadlineExceeded):
-            incoming = control.receive(time.monotonic() + _SHUTDOWN_POLL_S)
-            if isinstance(incoming.message, ShutdownWorker):
-                return
+def _was_told_to_stop(control: ControlClient) -> bool:
+    """Whether the engine says stop, waiting a moment for it."""
+    deadline = time.monotonic() + _STOP_GRACE_S
+    with contextlib.suppress(DeadlineExceeded, PeerLost):
+        while True:
+            if isinstance(control.receive(deadline).message, ShutdownWorker):
+                return True
+    return False

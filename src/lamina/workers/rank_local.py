@@ -1,7 +1,8 @@
 """A rank's local executor: prompts in progress attend where their slices run.
 
-Layer l of a micro-batch is served by the replica that runs slice l; the output goes to the replica that
-runs slice l + 1, over the ring's link and ahead of the context. With one replica that is this rank.
+Layer l of a micro-batch is served by the replica that runs slice l; the output goes to the replica
+that runs slice l + 1, over the ring's link and ahead of the context. With one replica that is this
+rank.
 """
 
 from __future__ import annotations

@@ -114,8 +114,7 @@ class RemotePipeline:
         self.times.steps_s += time.monotonic() - start
 
     def collect(self) -> Finished:
-        start = time.monotonic()
-        reports = []
+        reports: list[Report] = []
         if self._through:
             plan, executors, times = self._through.popleft(), frozenset[int](), {}
             logits = self._no_logits()
@@ -124,12 +123,11 @@ class RemotePipeline:
             plan, executors, logits = step.plan, step.executors, self._logits(step)
             times = {name: result.times for name, result in step.results.items()}
             for one in times.values():
-                self.times.add(one)
+                self.times.steps_s += self.times.add(one)
             if LOCAL in executors:
                 reports.append(self._local_report(step))
         for end in self._plan_ends.values():
             reports += end.take_reports()
-        self.times.steps_s += time.monotonic() - start
         return Finished(plan, logits, executors, times, tuple(reports))
 
     def _wait(self) -> _InFlight:

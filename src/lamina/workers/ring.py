@@ -12,7 +12,7 @@ from lamina.transport.topology import context_mailbox, context_number
 
 
 class Ring:
-    """A rank's place between the same ranks of the replicas before and after it (a `ContextPort`)."""
+    """A rank's place between the same ranks of its neighbour replicas (a `ContextPort`)."""
 
     def __init__(
         self,

@@ -36,8 +36,11 @@ _decode_plan = msgspec.msgpack.Decoder(ExecutorPlan).decode
 class Turn(NamedTuple):
     """Whose layers an executor serves: those whose slices one replica of the model runs."""
 
-    replica: int = 0
-    num_replicas: int = 1
+    replica: int
+    num_replicas: int
+
+
+_ALL_LAYERS = Turn(0, 1)
 
 
 class ExecutorServer:
@@ -54,7 +57,7 @@ class ExecutorServer:
         step_deadline_s: float,
         num_micro_batches: int = 1,
         tensor_links: Sequence[Sequence[NativeLink]] = (),
-        turn: Turn = Turn(),
+        turn: Turn = _ALL_LAYERS,
         out_link: NativeLink | None = None,
     ) -> None:
         """
@@ -63,7 +66,8 @@ class ExecutorServer:
             dtype: of q, k, v and the output.
             tensor_links: per replica of the model, and per tensor-parallel rank of the executor,
                 the link for q, k, v and outputs; empty: `link` is for them too.
-            turn: of a model rank's own executor, which sees only the layers of that rank.
+            turn: of a model rank's own executor, which sees only the layers of that rank; default:
+                all layers.
             out_link: where outputs go, if not to where q comes from.
         """
         self.executor = executor
