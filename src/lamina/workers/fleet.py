@@ -113,6 +113,11 @@ class ExecutorFleet:
             raise
         return fleet
 
+    @property
+    def pids(self) -> dict[int, int]:
+        """Of the attention workers' processes."""
+        return {executor: process.pid for executor, process in self._processes.items()}
+
     def name(self, executor: int) -> str:
         return self._names[executor]
 

@@ -1,8 +1,8 @@
 """Which slice a rank runs next.
 
 The tensor-parallel ranks of a replica meet in collectives, so all run the same slices in the same
-order. The first one decides: the first in the timetable whose inputs it has. The others follow; their
-inputs are on the way, as they come from the same slices and plans.
+order. The first one decides: the first in the timetable whose inputs it has. The others follow;
+their inputs are on the way, as they come from the same slices and plans.
 """
 
 from __future__ import annotations

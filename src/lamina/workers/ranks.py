@@ -75,6 +75,8 @@ class ModelRanks:
             for tensor_rank in range(config.tensor_parallel_size)
             for replica in range(config.model_replicas)
         ]
+        self.pids: dict[str, int] = {}
+        """Of the ranks and hosts that have joined, by name."""
         self.leaders = frozenset(rank.name for rank in self._ranks if rank.tensor_rank == 0)
         """The first rank of each replica."""
         self._deadline = time.monotonic() + config.startup_timeout_s
@@ -316,7 +318,9 @@ class ModelRanks:
                 raise EngineDead(f"{error.peer} could not start: {error.reason}") from error
             try:
                 until = min(self._deadline, time.monotonic() + 0.1)
-                missing.discard(self._control.wait_for_join(until).name)
+                name, join = self._control.wait_for_join(until)
+                self.pids[name] = join.pid
+                missing.discard(name)
             except DeadlineExceeded:
                 if time.monotonic() >= self._deadline:
                     raise EngineDead(
