@@ -98,8 +98,9 @@ class RemotePipeline:
             step = pack_step(plan, inputs)
             for outbox in self._steps.values():
                 outbox.post(self._ranks.num_steps, step, deadline=deadline)
-        except PeerLost:
-            self._ranks.check()  # who was lost first
+        except PeerLost as error:
+            self._ranks.note_lost(error.peer, error.reason)
+            self._ranks.check()  # raises for who was lost first
             raise
         if plan.spans:
             self._in_flight[plan.micro_batch] = _InFlight(
@@ -151,8 +152,9 @@ class RemotePipeline:
                         f"did not finish step {first.plan.step} in time",
                         peer=", ".join(first.waiting),
                     ) from None
-        except PeerLost:
-            self._ranks.check()  # who was lost first
+        except PeerLost as error:
+            self._ranks.note_lost(error.peer, error.reason)
+            self._ranks.check()  # raises for who was lost first
             raise
 
     def _take_results(self, micro_batch: int, step: _InFlight) -> None:
