@@ -103,15 +103,15 @@ class _Speed:
         self._recent.append(seconds / kv_bytes)
         usual = statistics.median(self._recent)
         self.kv_bytes = _towards(kv_bytes, self.kv_bytes, self._num_observed)
-        changed = not 1 / _CHANGE < usual * self.bytes_per_s < _CHANGE
-        if self._num_observed < _WINDOW or (changed and len(self._recent) == _WINDOW):
+        if self._num_observed >= _WINDOW and not 1 / _CHANGE < usual * self.bytes_per_s < _CHANGE:
+            self._num_observed = 0
+        if self._num_observed < _WINDOW:
             # The first ones, here or after a change: an average would keep an outlier for long.
-            self._num_observed = min(self._num_observed + 1, _WINDOW)
             self._seconds = usual * self.kv_bytes
         else:
             pace = min(max(seconds / kv_bytes, usual / _OUTLIER), usual * _OUTLIER)
             self._seconds = _towards(pace * kv_bytes, self._seconds, self._num_observed)
-            self._num_observed += 1
+        self._num_observed += 1
         self.bytes_per_s = self.kv_bytes / self._seconds
 
 

@@ -38,7 +38,7 @@ def expected(speeds: dict[int, float]) -> dict[int, float]:
     return {e: s / sum(speeds.values()) for e, s in speeds.items()}
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize(
     "speeds", [{1: 2e10, 2: 1e10}, {1: 1e10, 2: 1e10}, {1: 3e10, 2: 2e9}, {1: 4e9, 2: 3e9, 3: 1e9}]
 )
@@ -49,7 +49,7 @@ def test_weights_settle_within_100_steps(speeds: dict[int, float], seed: int) ->
     assert weights.weights == pytest.approx(expected(speeds), rel=0.05)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("factor", [0.1, 0.6, 0.8, 3.0])
 def test_a_worker_that_changes_its_speed_is_followed(seed: int, factor: float) -> None:
     rng = random.Random(seed)
