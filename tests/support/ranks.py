@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
+from lamina.convert import SlicedModel, TensorParallel, convert
 from lamina.convert.collectives import use_group
+from lamina.convert.process_group import ProcessGroup, Rendezvous, join_store
+from support.slices import run_slices
 
 T = TypeVar("T")
 
@@ -61,6 +65,29 @@ def group_of(rank: int) -> str:
     return f"rank {rank}"
 
 
+def convert_ranks(folder: Path, size: int, **options: Any) -> list[SlicedModel]:
+    """The models of all ranks, for `run_ranks`."""
+    return [
+        convert(
+            folder,
+            parallel=TensorParallel(rank=rank, size=size, group=group_of(rank)),
+            **options,
+        )
+        for rank in range(size)
+    ]
+
+
+def run_sharded(
+    models: list[SlicedModel], sequences: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[LockstepRank]]:
+    """Like `run_slices`, by all ranks; they must agree on the logits. And what each called."""
+    logits, ranks = run_ranks(len(models), lambda rank: run_slices(models[rank], sequences))
+    for other in logits[1:]:
+        for mine, first in zip(other, logits[0], strict=True):
+            assert torch.equal(mine, first), "all ranks get the same logits"
+    return logits[0], ranks
+
+
 def run_ranks(size: int, run: Callable[[int], T]) -> tuple[list[T], list[LockstepRank]]:
     """`run(rank)` of all ranks at once; their results and what they called."""
     meeting = _Meeting(size)
@@ -87,3 +114,16 @@ def run_ranks(size: int, run: Callable[[int], T]) -> tuple[list[T], list[Lockste
     finally:
         for number in range(size):
             use_group(None, group_of(number))
+
+
+def serve_rank(
+    folder: Path, rendezvous: Rendezvous, sequences: list[torch.Tensor], answers: Any
+) -> None:
+    """Rank 1 of 2 in a process of its own: puts its logits into `answers`, a queue, and ends."""
+    group = ProcessGroup(
+        join_store(rendezvous, timeout_s=60), 1, 2, timeout_s=60, address=rendezvous.host
+    )
+    use_group(group)
+    model = convert(folder, parallel=TensorParallel(rank=1, size=2))
+    with torch.no_grad():
+        answers.put([logits.tolist() for logits in run_slices(model, sequences)])

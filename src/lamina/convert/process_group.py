@@ -1,4 +1,4 @@
-"""Collectives of ranks in processes of their own, with torch.distributed's gloo (CPU) or NCCL (GPU).
+"""Collectives of ranks in processes of their own, with torch.distributed: gloo (CPU), NCCL (GPU).
 
 Rank 0 opens a store, whose port the system chooses, and passes the address on; every rank then
 makes a `ProcessGroup` from it. No global state of torch.distributed is used.
