@@ -135,13 +135,12 @@ def step_events(record: StepRecord) -> Iterator[Event]:
     for worker, times in record.model:
         last = len(times) - 1
         for layer, row in enumerate(times.tolist()):
-            phases = _LAST_PHASES if layer == last else _MODEL_PHASES
-            for phase, begin, end in phases:
+            for phase, begin, end in _LAST_PHASES if layer == last else _MODEL_PHASES:
                 if row[end] > row[begin]:
                     yield Event(worker, *name, layer, phase, row[begin], row[end])
     for worker, times in record.attention:
         for layer, row in enumerate(times.tolist()):
-            for phase, begin, end in _ATTENTION_PHASES:
-                if row[end] > row[begin]:
-                    yield Event(worker, *name, layer, phase, row[begin], row[end])
+            for phase, start, stop in _ATTENTION_PHASES:
+                if row[stop] > row[start]:
+                    yield Event(worker, *name, layer, phase, row[start], row[stop])
     yield Event(ENGINE, *name, -1, Phase.SAMPLE, record.logits_s, record.end_s)
