@@ -18,6 +18,12 @@ import numpy as np
 Times = np.ndarray[Any, np.dtype[np.float64]]
 
 
+ENGINE = "engine"
+"""The worker of what the engine does itself: planning and sampling."""
+LOCAL_EXECUTOR = "local"
+"""The executor in the thread of a single model worker."""
+
+
 class ModelMark(IntEnum):
     """Columns of a model worker's times, in the order of time within the row of a slice."""
 
@@ -51,7 +57,7 @@ class WorkerTimes(NamedTuple):
     """One worker's part of a step."""
 
     worker: str
-    """As people call it: `model`, `model 1.0` (replica and rank), `attention 2`, `local`."""
+    """As people call it: `model`, `model-1.0` (replica and rank), `attention-worker-2`, `local`."""
     times: Times
     """float64. Model workers: [L + 1, 7], columns `ModelMark`; in the row of the last slice all
     columns after BEGIN are its end. Attention workers: [L, 4], columns `AttentionMark`. Rows of
@@ -106,9 +112,6 @@ class Event(NamedTuple):
     begin_s: float
     end_s: float
 
-
-ENGINE = "engine"
-"""The worker of what the engine does itself: planning and sampling."""
 
 _MODEL_PHASES = (
     (Phase.WAIT, ModelMark.WAIT, ModelMark.BEGIN),
