@@ -21,7 +21,7 @@ import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lamina.engine.messages import EngineStats, ExecutorStats, ModelInfo
+from lamina.engine.messages import EngineStats, ExecutorStats, ModelInfo, PhaseHistogram
 from lamina.engine.outputs import GenerationChunk, TokenLogprob
 from lamina.errors import RequestError
 from lamina.server.app import create_app
@@ -89,6 +89,7 @@ class FakeEngine:
             preemptions_total=5,
             steps_total=7,
             seconds={"attention": 1.5},
+            phases={"model": PhaseHistogram((1, 0, 4) + (0,) * 13 + (2,), 25.5)},
         )
         self.reply: Callable[[int], str] = lambda index: f"{index}: hé wörld"
         self.delay_s = 0.0

@@ -4,6 +4,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from lamina.engine.messages import PHASE_BUCKETS_S
 from lamina.errors import QueueFull
 from lamina.server.app import create_app
 
@@ -61,6 +62,21 @@ def test_page(tools):
     assert after["vllm:request_success_total", "m", "stop"] == 4
     assert after["vllm:time_to_first_token_seconds_count", "m"] == 6
     assert after["vllm:kv_cache_usage_perc", "m"] == 0.5
+
+
+def test_step_phases_are_histograms(http):
+    buckets = {
+        sample.labels["le"]: sample.value
+        for family in text_string_to_metric_families(http.get("/metrics").text)
+        for sample in family.samples
+        if sample.name == "lamina_step_phase_seconds_bucket" and sample.labels["phase"] == "model"
+    }
+    assert len(buckets) == len(PHASE_BUCKETS_S) + 1
+    assert (buckets["0.0001"], buckets["0.00025"], buckets["0.0005"]) == (1, 1, 5)
+    assert (buckets["10.0"], buckets["+Inf"]) == (5, 7)
+    page = scrape(http)
+    assert page["lamina_step_phase_seconds_count", "model"] == 7
+    assert page["lamina_step_phase_seconds_sum", "model"] == 25.5
 
 
 def test_aborted_requests_are_counted(http, engine, tools):
