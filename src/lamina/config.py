@@ -180,6 +180,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     are enough; empty: all that this process may use."""
     compile: bool = False
     """Compile the slices with Inductor: takes a while at start-up."""
+    trace: str | None = None
+    """File for a timeline of all steps, as Perfetto opens it."""
     step_deadline_s: float = 60.0
     """Longest wait for one answer of an attention worker that still sends heartbeats."""
     heartbeat_interval_s: float = 0.25

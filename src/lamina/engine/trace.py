@@ -12,11 +12,14 @@ the tracks. With 28 layers and one attention worker a step takes about 40 kB.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 
 from lamina.engine.events import AttentionMark, ModelMark, Phase, StepRecord, step_events
 from lamina.errors import ConfigError
+
+logger = logging.getLogger("lamina.engine")
 
 _CATEGORIES = {
     Phase.SEND_Q: "hop",
@@ -46,14 +49,14 @@ class TraceWriter:
         self._pids: dict[str, int] = {}
         self._threads: set[tuple[int, int]] = set()
         self._start_s: float | None = None
+        self._failed = False
         self._write("[")
         self._separator = "\n"
 
     def write(self, record: StepRecord) -> None:
         """Append a step: its events, and the arrows between them.
 
-        Raises:
-            OSError: the disk is full.
+        When the disk is full the trace ends with a line in the log, and nothing else does.
         """
         if self._start_s is None:
             self._start_s = record.begin_s
@@ -118,8 +121,12 @@ class TraceWriter:
 
     def _write(self, text: str) -> None:
         data = text.encode()
-        while data:
-            data = data[os.write(self._file, data) :]
+        try:
+            while data and not self._failed:
+                data = data[os.write(self._file, data) :]
+        except OSError as error:
+            self._failed = True
+            logger.error("the trace ends here: %s", error.strerror)
 
 
 def _slice_begins(record: StepRecord, row: int) -> tuple[str, float]:

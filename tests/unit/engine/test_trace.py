@@ -112,3 +112,13 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_an_empty_trace_is_an_empty_array(tmp_path: Path) -> None:
     TraceWriter(tmp_path / "trace.json").close()
     assert events_of(tmp_path / "trace.json") == []
+
+
+def test_a_full_disk_ends_the_trace_alone(caplog: pytest.LogCaptureFixture) -> None:
+    writer = TraceWriter("/dev/full")
+    for record in RECORDS:
+        writer.write(record)
+    writer.close()
+    assert [r.getMessage() for r in caplog.records] == [
+        "the trace ends here: No space left on device"
+    ]
