@@ -69,7 +69,7 @@ _OPTIONS: dict[str, tuple[Any, object]] = {
     ),
     "trace": _option(
         str | None, None,
-        "Write a timeline of all steps to this file; Perfetto opens it. Some 35 kB a step.", _ENGINE,
+        "Write a timeline of all steps to this file, some 35 kB each; Perfetto opens it.", _ENGINE,
     ),
     "attention": _option(
         Literal["local", "remote"], "remote",
