@@ -169,6 +169,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """KV memory of the local executor for prompts in progress. None: one full-length prompt."""
     early_q: bool = True
     """Send q before k and v are computed."""
+    defer: bool = True
+    """Send k and v before the rest of the slice is computed. Off: to measure what that gains."""
     num_threads: int | None = None
     """Threads of the model worker. None: shared out with the attention workers."""
     worker_num_threads: int | None = None

@@ -6,12 +6,14 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from lamina.config import THREAD_ENVIRONMENT, EngineConfig
+from lamina.engine.events import StepRecord
 from lamina.engine.start import StartedEngine, start_engine
 from lamina.errors import EngineDead
 from lamina.types import EngineRequest, SamplingParams
@@ -19,6 +21,15 @@ from lamina.workers.process import limit_threads
 
 PREFILL_ROWS = 512
 """Rows of one prefill step, for every subject."""
+
+
+class Stretch(NamedTuple):
+    """A stretch of time that was measured, and the steps that were seen until its end."""
+
+    begin_s: float
+    end_s: float
+    records: list[StepRecord]
+    """In the order in which they ended; some began earlier than the stretch."""
 
 
 class Subject(Protocol):
@@ -33,6 +44,9 @@ class Subject(Protocol):
     def phases(self) -> dict[str, float]:
         """Seconds that phases of decoding took since the start; empty if it does not know."""
 
+    def stretches(self) -> list[Stretch]:
+        """The timelines of all calls of `decode` since the last `prefill`; empty without one."""
+
     def close(self) -> None:
         """Stop processes and free memory."""
 
@@ -44,12 +58,14 @@ class LaminaSubject:
         self._started: StartedEngine = start_engine(config)
         self._round = 0
         self._names: list[str] = []
+        self._stretches: list[Stretch] = []
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> float:
         engine = self._started.engine
         for name in self._names:
             engine.abort(name)
         self._round += 1
+        self._stretches = []
         self._names = [f"{self._round}-{index}" for index in range(len(prompts))]
         sampling = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
         start = time.perf_counter()
@@ -65,16 +81,27 @@ class LaminaSubject:
         return time.perf_counter() - start
 
     def decode(self, num_steps: int) -> list[float]:
+        """A step is over when every sequence has one token more, however many are in flight.
+
+        The first one is not counted: what was in flight since the last call has had time enough.
+        """
+        counts = dict.fromkeys(self._names, 0)
         engine = self._started.engine
-
-        def step() -> None:
-            outputs = engine.step()
-            assert len(outputs) == len(self._names), "every sequence must yield one token per step"
-
-        return [_seconds(step) for _ in range(num_steps)]
+        ends: list[float] = []
+        engine.timeline.take()
+        for goal in range(1, num_steps + 2):
+            while min(counts.values()) < goal:
+                for output in engine.step():
+                    counts[output.request_id] += len(output.token_ids)
+            ends.append(time.monotonic())
+        self._stretches.append(Stretch(ends[0], ends[-1], engine.timeline.take()))
+        return [after - before for before, after in pairwise(ends)]
 
     def phases(self) -> dict[str, float]:
         return self._started.engine.stats().seconds
+
+    def stretches(self) -> list[Stretch]:
+        return self._stretches
 
     def close(self) -> None:
         self._started.close()
@@ -118,6 +145,9 @@ class TransformersSubject:
 
     def phases(self) -> dict[str, float]:
         return {}
+
+    def stretches(self) -> list[Stretch]:
+        return []
 
     def close(self) -> None:
         self._model = self._cache = None
@@ -165,6 +195,10 @@ class SubjectProcess:
     def phases(self) -> dict[str, float]:
         seconds: dict[str, float] = self._call("phases")
         return seconds
+
+    def stretches(self) -> list[Stretch]:
+        stretches: list[Stretch] = self._call("stretches")
+        return stretches
 
     def close(self) -> None:
         self._pipe.close()
