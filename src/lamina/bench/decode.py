@@ -61,8 +61,7 @@ def measure(
     vocab_size: int,
 ) -> Measured:
     """Prefill every subject, then let them decode in turns. The last subject is the baseline."""
-    generator = torch.Generator().manual_seed(batch * 1_000_003 + context)
-    prompts = torch.randint(vocab_size, (batch, context), generator=generator).tolist()
+    prompts = random_prompts(batch, context, vocab_size)
     prefill_s = [subject.prefill(prompts) for subject in subjects]
     for subject in subjects:
         subject.decode(1)
@@ -105,6 +104,15 @@ def measure(
         summarize(subject.name, batch, context, subject.stretches()) for subject in subjects
     ]
     return Measured(figures, [summary for summary in summaries if summary])
+
+
+def random_prompts(batch: int, context: int, vocab_size: int) -> list[list[int]]:
+    """`batch` prompts of `context` tokens; the same ones for the same numbers."""
+    generator = torch.Generator().manual_seed(batch * 1_000_003 + context)
+    prompts: list[list[int]] = torch.randint(
+        vocab_size, (batch, context), generator=generator
+    ).tolist()
+    return prompts
 
 
 def num_tokens_needed(batch: int, context: int, turns: int, steps_per_turn: int) -> int:
