@@ -11,6 +11,7 @@
 
 #include "attention/paged.h"
 #include "bindings/bindings.h"
+#include "bindings/dtypes.h"
 #include "core/memory.h"
 #include "core/read_speed.h"
 
@@ -25,13 +26,6 @@ using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <typename T>
 std::span<const T> span_of(const Array<T>& array) {
   return {array.data(), array.size()};
-}
-
-Dtype dtype_named(const std::string& name) {
-  if (name == "float32") return Dtype::float32;
-  if (name == "float16") return Dtype::float16;
-  if (name == "bfloat16") return Dtype::bfloat16;
-  throw std::invalid_argument("dtype must be float32, float16 or bfloat16, got " + name);
 }
 
 CacheType cache_type_named(const std::string& name) {

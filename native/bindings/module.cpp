@@ -7,6 +7,7 @@ NB_MODULE(_native, module) {
   lamina::bind_core(module);
   lamina::bind_transport(module);
   lamina::bind_attention(module);
+  lamina::bind_executor_end(module);
   lamina::bind_worker(module);
   lamina::bind_dense(module);
 }

@@ -25,7 +25,7 @@ class ThreadPool:
     @property
     def num_threads(self) -> int: ...
 
-_HeadShare = tuple[int, int, int]
+_Mailboxes = tuple[int, int, int, int, int, int, int, int]
 
 # --- transport ---
 
@@ -53,6 +53,9 @@ class Inbox:
 
         Blocks and raises as `lamina.transport.mailbox.Inbox.wait`.
         """
+
+    def holds(self, seq: int) -> bool:
+        """Whether message `seq` is here, before any other that was not discarded. Never blocks."""
 
     def slot(self, index: int) -> Tensor:
         """The memory of a slot: uint8 [capacity_bytes], aligned to 64 bytes, kept alive by it."""
@@ -246,6 +249,12 @@ class PagedAttention(AttentionExecutor):
 
 # --- worker ---
 
+_UnitSizes = tuple[int, int, int, int, int, int]
+"""Of one head unit in a layer: bytes per row of q, k, v and out; query heads; size of v vectors."""
+
+_Piece = tuple[int, int, int, int]
+"""(first row, rows, first head unit, head units)"""
+
 class ExecutorEnd:
     """The model worker's end of a link: packs q, k and v into mailbox slots, unpacks outputs.
 
@@ -256,23 +265,29 @@ class ExecutorEnd:
     def __init__(
         self,
         link: Link,
-        layers: Sequence[tuple[_HeadShare, _HeadShare, _HeadShare, _HeadShare]],
-        mailboxes: Sequence[tuple[int, int, int, int, int, int]],
+        layers: Sequence[_UnitSizes],
+        num_units: int,
+        page_units: int,
+        mailboxes: Sequence[_Mailboxes],
     ) -> None:
         """
         Args:
-            layers: per layer and tensor (q, k, v, out) the bytes of a row, and where in it the
-                executor's heads begin and how many bytes they take.
+            num_units: head units of every row.
+            page_units: head units of each of the executor's lanes.
             mailboxes: `lamina.transport.topology.StepMailboxes` per micro-batch.
         """
 
     def begin(
         self,
         micro_batch: int,
-        attending: Sequence[tuple[int, int]],
-        stored: Sequence[tuple[int, int]],
+        attending: Sequence[_Piece],
+        stored: Sequence[_Piece],
+        is_partial: bool,
     ) -> None:
-        """Rows of the next step as (first row, count): those that attend here, those kept here."""
+        """What of the next step attends here and what is kept here, in the order of the plan.
+
+        Raises ValueError for a piece that is not of whole lanes.
+        """
 
     def post_q(
         self, micro_batch: int, layer: int, number: int, q_address: int, deadline: float
@@ -286,13 +301,35 @@ class ExecutorEnd:
         v_address: int,
         deadline: float,
     ) -> None: ...
+    def attends_whole(self, micro_batch: int, num_rows: int) -> bool:
+        """Whether all units of all rows attend here, so that payloads are the tensors themselves."""
+
+    def has_out(self, micro_batch: int, number: int) -> bool:
+        """Whether the output is here or none will come. Never blocks."""
+
     def wait_out(self, micro_batch: int, layer: int, number: int, deadline: float) -> int:
-        """Address of the output [A, heads, size] in the mailbox; valid until the next wait."""
+        """Address of the output in the mailbox; valid until the next wait."""
 
     def collect_out(
         self, micro_batch: int, layer: int, number: int, out_address: int, deadline: float
     ) -> None:
         """Wait for the output and copy it to its rows and heads of [T, heads, size]."""
+
+class ShareMerger:
+    """Merges the outputs of executors that attend to different tokens of the same rows."""
+
+    def __init__(
+        self, layers: Sequence[_UnitSizes], num_units: int, dtype: str, num_micro_batches: int
+    ) -> None:
+        """`dtype`: of the merged output: float32, float16 or bfloat16."""
+
+    def begin(self, micro_batch: int, num_rows: int, ends: Sequence[ExecutorEnd]) -> None:
+        """The next step: every end whose outputs are partial, which has begun it and outlives it."""
+
+    def collect(
+        self, micro_batch: int, layer: int, number: int, out_address: int, deadline: float
+    ) -> None:
+        """Wait for all outputs and write what they merge to at its place in [T, heads, size]."""
 
 class LayerLoop:
     """Serves all layers of the steps in progress without the interpreter."""
@@ -302,7 +339,7 @@ class LayerLoop:
         link: Link,
         executor: AttentionExecutor,
         plans: Inbox | None,
-        mailboxes: Sequence[tuple[int, int, int, int, int, int]],
+        mailboxes: Sequence[_Mailboxes],
         step_deadline_s: float,
     ) -> None:
         """`plans`: the mailbox whose next message ends `serve`."""

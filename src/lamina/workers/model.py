@@ -1,165 +1,230 @@
-"""The model worker: runs the slices of one step and exchanges q, k, v and outputs with executors.
+"""The model worker: runs slices of the steps in flight and exchanges q, k, v and outputs with executors.
 
-It holds weights and no request state. Local and remote executors differ only in the link.
+It holds weights and no request state. Local and remote executors differ only in the link. With
+several replicas a worker runs the slices that the timetable gives it (`sched/rotation.py`), and a
+`ContextPort` moves what they need from worker to worker.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
-from lamina.convert.slices import SlicedModel
+from lamina import _native
+from lamina.convert.slices import SlicedModel, SliceState
+from lamina.sched.rotation import Turns
 from lamina.transport.topology import message_number
-from lamina.types import LOCAL, StepPlan
-from lamina.workers.routes import ExecutorEnd, Route
+from lamina.types import LOCAL, ExecutorPlan, StepPlan
+from lamina.workers.outputs import Outputs
+from lamina.workers.routes import ExecutorEnd, Route, first_rows, layer_units
+from lamina.workers.steptimes import NUM_TIMES, new_step_times
 
 
-class StepTimes:
-    """Seconds that the model worker spent, summed over steps."""
+class StepInputs(NamedTuple):
+    """The tensors of a step's plan."""
 
-    __slots__ = ("attention_s", "post_s", "slices_s", "steps_s")
+    input_ids_T: torch.Tensor
+    """int64, the token of every row."""
+    position_ids_T: torch.Tensor
+    """int64, each row's position in its sequence."""
+    logit_rows_R: torch.Tensor
+    """int64, the rows whose logits are wanted."""
 
-    def __init__(self) -> None:
-        self.slices_s = 0.0
-        """In the model's slices."""
-        self.post_s = 0.0
-        """Handing q, k and v to mailboxes."""
-        self.attention_s = 0.0
-        """Waiting for outputs (with a local executor: computing them)."""
-        self.steps_s = 0.0
-        """In steps, all in all."""
 
-    @property
-    def other_s(self) -> float:
-        """What the phases leave over: routes, plans, and the loop over layers."""
-        return self.steps_s - self.slices_s - self.post_s - self.attention_s
+class ContextPort(Protocol):
+    """Moves what a slice needs of earlier slices between the replicas that run them."""
+
+    def send(self, micro_batch: int, slice_index: int, state: SliceState) -> None:
+        """After a slice that is not the step's last: give what later slices need to the replica that
+        runs the next."""
+
+    def is_ready(self, micro_batch: int, slice_index: int) -> bool:
+        """Whether `receive` would not wait."""
+
+    def receive(
+        self, micro_batch: int, slice_index: int, state: SliceState, deadline: float
+    ) -> None:
+        """Before a slice that is not the step's first: take what it needs into `state`."""
+
+
+class _Step:
+    """A step in flight here."""
+
+    __slots__ = ("first_number", "outputs", "sends_kv", "sends_q", "state", "times")
+
+    def __init__(
+        self,
+        first_number: int,
+        state: SliceState,
+        outputs: Outputs,
+        sends_q: list[Route],
+        sends_kv: list[Route],
+        num_slices: int,
+    ) -> None:
+        self.first_number = first_number
+        self.state = state
+        self.outputs = outputs
+        self.sends_q = sends_q
+        self.sends_kv = sends_kv
+        self.times = new_step_times(num_slices)
 
 
 class ModelWorker:
-    """Runs step plans over a sliced model."""
+    """Runs slices of up to one step per micro-batch. One thread uses it.
+
+    Attributes:
+        turns: what is to run here, in the timetable's order.
+    """
 
     def __init__(
         self,
         model: SlicedModel,
         ends: Sequence[ExecutorEnd],
         *,
+        num_micro_batches: int,
         early_q: bool,
         step_deadline_s: float,
+        replica: int = 0,
+        num_replicas: int = 1,
+        context: ContextPort | None = None,
     ) -> None:
+        """
+        Args:
+            ends: links to the executors, at least one.
+            step_deadline_s: longest wait for anything of a slice.
+            context: None with one replica.
+        """
+        assert (context is None) == (num_replicas == 1), "replicas exchange contexts"
         self.model = model
-        self.times = StepTimes()
+        self.num_slices = model.num_layers + 1
+        self.turns = Turns(num_micro_batches, replica, num_replicas)
         # The local executor last: the others get their q, k and v first.
         self._ends = {end.executor: end for end in sorted(ends, key=lambda e: e.executor == LOCAL)}
         self._early_q = early_q
         self._step_deadline_s = step_deadline_s
+        self._num_replicas = num_replicas
+        self._context = context
+        self._steps: list[_Step | None] = [None] * num_micro_batches
+        num_units = ends[0].num_units
+        self._merger = _native.ShareMerger(
+            layer_units(model.attention_specs, num_units, model.dtype),
+            num_units,
+            str(model.dtype).removeprefix("torch."),
+            num_micro_batches,
+        )
 
     @torch.inference_mode()
-    def run(
-        self,
-        plan: StepPlan,
-        input_ids_T: torch.Tensor,
-        position_ids_T: torch.Tensor,
-        logit_rows_R: torch.Tensor,
-    ) -> torch.Tensor:
-        """Run one step through all slices.
+    def begin(
+        self, plan: StepPlan, parts: Mapping[int, ExecutorPlan], inputs: StepInputs
+    ) -> None:
+        """Take up a step with rows; that of the same micro-batch before it is through here.
 
         Args:
-            plan: posted to every executor that takes part, ahead of layer 0.
-            input_ids_T, position_ids_T: int64, one per row of the plan.
-            logit_rows_R: int64, the rows whose logits are wanted.
+            parts: the plan's part of every executor that takes part.
+        """
+        model, num_rows = self.model, plan.num_rows
+        rows = first_rows(plan)
+        routes = [
+            Route(end, parts[executor], rows, num_rows)
+            for executor, end in self._ends.items()
+            if executor in parts
+        ]
+        sends_q = [route for route in routes if route.attends]
+        outputs = Outputs(
+            model.attention_specs,
+            sends_q,
+            self._merger,
+            micro_batch=plan.micro_batch,
+            num_rows=num_rows,
+            dtype=model.dtype,
+        )
+        self._steps[plan.micro_batch] = _Step(
+            message_number(plan.step, 0, model.num_layers),
+            model.begin(*inputs),
+            outputs,
+            sends_q,
+            [route for route in routes if route.stores],
+            self.num_slices,
+        )
+        self.turns.begin(plan.micro_batch, self.num_slices)
+
+    def times(self, micro_batch: int) -> array[float]:
+        """The `SliceTimes` of the micro-batch's last step, as far as it ran here; they stay."""
+        step = self._steps[micro_batch]
+        assert step is not None, "a step was begun"
+        return step.times
+
+    def is_ready(self, micro_batch: int) -> bool:
+        """Whether the micro-batch's next slice here would not wait for another process."""
+        step = self._steps[micro_batch]
+        assert step is not None, "a step was begun"
+        index = self.turns.slice_of(micro_batch)
+        if index == 0:
+            return True
+        if not step.outputs.are_here(step.first_number + index - 1):
+            return False
+        return self._context is None or self._context.is_ready(micro_batch, index)
+
+    def run_next(self) -> tuple[int, torch.Tensor | None]:
+        """Run the slice whose turn it is; a step must be in flight. Otherwise as `advance`.
 
         Returns:
-            Logits [R, vocabulary] in the model's dtype; empty for a plan without rows.
+            The micro-batch, and what `advance` returned.
+        """
+        micro_batch = self.turns.next(self.is_ready)
+        assert micro_batch is not None, "no step is in flight"
+        return micro_batch, self.advance(micro_batch)
+
+    @torch.inference_mode()
+    def advance(self, micro_batch: int) -> torch.Tensor | None:
+        """Run the micro-batch's next slice here, waiting for what it needs.
+
+        Returns:
+            After the step's last slice its logits [R, vocabulary] in the model's dtype; else None.
 
         Raises:
             PeerLost, DeadlineExceeded, ProtocolMismatch: an executor failed; the step is void.
         """
-        step_start = time.perf_counter()
-        routes = self._start(plan)
-        if not plan.spans:
-            return torch.empty(0, self.model.vocab_size, dtype=self.model.dtype)
-        model, times = self.model, self.times
-        num_layers = len(model.attention_specs)
-        sends_q = [r for r in routes if r.attends]
-        sends_kv = [r for r in routes if r.stores]
-        outputs = _Outputs(model, sends_q, plan.num_rows)
-        first_number = message_number(plan.step, 0, num_layers)
-        early_q, step_deadline_s = self._early_q, self._step_deadline_s
-        clock, monotonic = time.perf_counter, time.monotonic
-        slices_s = post_s = attention_s = 0.0
-        start = clock()
-        state = model.begin(input_ids_T, position_ids_T, logit_rows_R)
-        for layer in range(num_layers):
-            number = first_number + layer
-            deadline = monotonic() + step_deadline_s
-            q = model.run_q(layer, state)
-            if early_q:
-                q_done = clock()
-                for route in sends_q:
-                    route.post_q(layer, number, q, deadline)
-                slices_s += q_done - start
-                start = clock()
-                post_s += start - q_done
-            k, v = model.run_kv(layer, state)
-            kv_done = clock()
-            if not early_q:
-                for route in sends_q:
-                    route.post_q(layer, number, q, deadline)
-            for route in sends_kv:
-                route.post_kv(layer, number, k, v, deadline)
-            posted = clock()
-            model.run_deferred(layer, state)
-            deferred = clock()
-            state.attention_output = outputs.wait(layer, number, deadline)
-            waited = clock()
-            slices_s += kv_done - start + deferred - posted
-            post_s += posted - kv_done
-            attention_s += waited - deferred
-            start = waited
-        logits = model.run_last(state)
-        end = clock()
-        times.slices_s += slices_s + end - start
-        times.post_s += post_s
-        times.attention_s += attention_s
-        times.steps_s += end - step_start
+        step = self._steps[micro_batch]
+        assert step is not None, "a step was begun"
+        index = self.turns.slice_of(micro_batch)
+        model, state, context, clock = self.model, step.state, self._context, time.monotonic
+        begin = clock()
+        deadline = begin + self._step_deadline_s
+        number = step.first_number + index
+        if index:
+            if context is not None:
+                context.receive(micro_batch, index, state, deadline)
+            state.attention_output = step.outputs.wait(index - 1, number - 1, deadline)
+        here = clock()
+        if index == model.num_layers:
+            logits = model.run_last(state)
+            end = clock()
+            times = (begin, here, end, end, end, end, end)
+        else:
+            logits = None
+            q = model.run_q(index, state)
+            q_end = q_sent = clock()
+            if self._early_q:
+                for route in step.sends_q:
+                    route.post_q(index, number, q, deadline)
+                q_sent = clock()
+            k, v = model.run_kv(index, state)
+            kv_end = clock()
+            if not self._early_q:
+                for route in step.sends_q:
+                    route.post_q(index, number, q, deadline)
+            for route in step.sends_kv:
+                route.post_kv(index, number, k, v, deadline)
+            kv_sent = clock()
+            model.run_deferred(index, state)
+            if context is not None:
+                context.send(micro_batch, index, state)
+            times = (begin, here, q_end, q_sent, kv_end, kv_sent, clock())
+        step.times[index * NUM_TIMES : (index + 1) * NUM_TIMES] = array("d", times)
+        self.turns.ran(micro_batch)
         return logits
-
-    def _start(self, plan: StepPlan) -> list[Route]:
-        deadline = time.monotonic() + self._step_deadline_s
-        executors = plan.executors()
-        ends = [end for executor, end in self._ends.items() if executor in executors]
-        for end in ends:
-            end.post_plan(plan, deadline)
-        return [Route(end, plan) for end in ends]
-
-
-class _Outputs:
-    """The attention outputs of one step, layer by layer: [T, Hq, Dv]."""
-
-    def __init__(self, model: SlicedModel, routes: Sequence[Route], num_rows: int) -> None:
-        self._routes = routes
-        self._shapes = [
-            torch.Size((num_rows, s.num_query_heads, s.head_dim_v)) for s in model.attention_specs
-        ]
-        # One executor that computes all rows and heads: its output is used where it lies.
-        self._is_whole = len(routes) == 1 and routes[0].attends_everywhere
-        self._dtype = model.dtype
-        self._buffers: dict[tuple[int, torch.Size], torch.Tensor] = {}
-
-    def wait(self, layer: int, number: int, deadline: float) -> torch.Tensor:
-        """The layer's output; overwritten when that of the second layer after it is waited for.
-
-        In reverse order: the local executor computes when it is waited for; the others already run.
-        """
-        shape = self._shapes[layer]
-        if self._is_whole:
-            return self._routes[0].view_out(layer, number, shape, deadline)
-        key = (layer % 2, shape)
-        out = self._buffers.get(key)
-        if out is None:
-            out = self._buffers[key] = torch.empty(shape, dtype=self._dtype)
-        for route in reversed(self._routes):
-            route.collect_out(layer, number, out, deadline)
-        return out

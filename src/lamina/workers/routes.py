@@ -1,116 +1,125 @@
 """The model worker's end of each link to an attention executor.
 
-Which rows go where is resolved once per step (`Route`); per layer, native code packs the rows and
-heads of q, k and v straight from the slices' tensors into mailbox slots.
+Which rows and heads go where is resolved once per step (`Route`); per layer, native code packs them
+straight from the slices' tensors into mailbox slots and puts outputs at their place.
 
-Shapes: T rows of the step, A of them attending on this executor, N stored on it; Hq, Hkv heads of
-the layer, hq, hkv of the executor's share.
+Shapes: T rows of the step; Hq, Hkv heads of the layer that this model worker has.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import msgspec
 import torch
 
 from lamina import _native
-from lamina.attention.partition import kv_head_range, query_head_range, shard_specs
+from lamina.attention.partition import head_units
 from lamina.attention.spec import AttentionSpec
 from lamina.transport.native import NativeLink
-from lamina.transport.topology import PLAN_MAILBOX, plan_mailbox_bytes, step_mailboxes
-from lamina.types import StepPlan
-
-Share = tuple[int, int, int]
-"""Head units [start, stop) of how many: an executor's part of every layer."""
-
-_encode_plan = msgspec.msgpack.Encoder().encode
+from lamina.transport.topology import step_mailboxes
+from lamina.types import ExecutorPlan, StepPlan
 
 
 class ExecutorEnd:
-    """The model worker's end of the link to one attention executor, and the share it computes."""
+    """The model worker's end of the link to one attention executor."""
 
     def __init__(
         self,
         executor: int,
         link: NativeLink,
         specs: Sequence[AttentionSpec],
-        share: Share,
         *,
         dtype: torch.dtype,
         max_rows: int,
-        max_spans: int,
-        on_plan: Callable[[], None] | None = None,
+        page_units: int,
+        num_micro_batches: int = 1,
+        first_unit: int = 0,
+        num_units: int | None = None,
     ) -> None:
         """
         Args:
-            specs: every layer, whole.
-            share: the executor's part of them.
-            on_plan: called after a plan is posted; runs the executor's side of it where that side
-                lives in this very thread.
+            specs: every layer, with all heads that this model worker has.
+            dtype: of q, k, v and the output.
+            max_rows: most rows of one step.
+            page_units: head units of each of the executor's lanes.
+            first_unit, num_units: which of the model's head units this model worker has; None:
+                all there are.
         """
         self.executor = executor
         self.link = link
         self.dtype = dtype
+        self.first_unit = first_unit
+        self.num_units = head_units(specs) if num_units is None else num_units
         self.native = _native.ExecutorEnd(
             link.native,
-            [_layer_shares(spec, share, dtype.itemsize) for spec in specs],
-            step_mailboxes(shard_specs(specs, *share), dtype.itemsize, max_rows),
+            layer_units(specs, self.num_units, dtype),
+            self.num_units,
+            page_units,
+            step_mailboxes(specs, dtype.itemsize, max_rows, num_micro_batches),
         )
-        self._plans = link.outbox(PLAN_MAILBOX, plan_mailbox_bytes(max_spans))
-        self._on_plan = on_plan
-        self.num_plans = 0
-        """Plans posted so far."""
-
-    def post_plan(self, plan: StepPlan, deadline: float) -> None:
-        """Send the executor its part of a step's plan, ahead of layer 0."""
-        payload = bytearray(_encode_plan(plan.for_executor(self.executor)))
-        self.num_plans += 1
-        part = torch.frombuffer(payload, dtype=torch.uint8)
-        self._plans.post(self.num_plans, part, deadline=deadline)
-        if self._on_plan is not None:
-            self._on_plan()
 
 
 class Route:
     """What goes to and comes from one executor in each layer of one step."""
 
-    def __init__(self, end: ExecutorEnd, plan: StepPlan) -> None:
-        attending: list[tuple[int, int]] = []
-        stored: list[tuple[int, int]] = []
-        row = 0
-        for span in plan.spans:
-            if end.executor in span.attend_on:
-                _append_run(attending, row, span.num_rows)
-            if end.executor in span.store_on:
-                _append_run(stored, row, span.num_rows)
-            row += span.num_rows
+    def __init__(
+        self, end: ExecutorEnd, part: ExecutorPlan, first_rows: dict[int, int], num_rows: int
+    ) -> None:
+        """
+        Args:
+            part: the executor's part of the step's plan.
+            first_rows: `first_rows` of that plan.
+            num_rows: of the step.
+        """
+        attending: list[tuple[int, int, int, int]] = []
+        stored: list[tuple[int, int, int, int]] = []
+        first_unit, stop_unit = end.first_unit, end.first_unit + end.num_units
+        for span in part.spans:
+            start, stop = max(span.unit_start, first_unit), min(span.unit_stop, stop_unit)
+            if start >= stop:
+                continue
+            row, unit, num_units = first_rows[span.sequence], start - first_unit, stop - start
+            if span.num_attending:
+                attending.append((row, span.num_attending, unit, num_units))
+            if span.num_stored:
+                # The share may begin in the middle of the rows.
+                row += max(0, -span.first_position)
+                stored.append((row, span.num_stored, unit, num_units))
+        self.executor = end.executor
+        self.native = end.native
         self.attends = bool(attending)
         self.stores = bool(stored)
-        self.attends_everywhere = attending == [(0, row)]
-        """Every row of the step attends here."""
-        self._micro_batch = plan.micro_batch
-        self._end = end.native
+        self.is_partial = part.is_partial
+        self._micro_batch = part.micro_batch
         self._dtype = end.dtype
         self._views: dict[tuple[int, torch.Size], torch.Tensor] = {}
-        self._end.begin(plan.micro_batch, attending, stored)
+        end.native.begin(part.micro_batch, attending, stored, part.is_partial)
+        self.attends_whole = not part.is_partial and end.native.attends_whole(
+            part.micro_batch, num_rows
+        )
+        """All heads of all rows attend here: the output is that of the layer, as it lies."""
 
     def post_q(self, layer: int, number: int, q_THD: torch.Tensor, deadline: float) -> None:
-        """Send the attending rows of q [T, Hq, Dk], contiguous."""
-        self._end.post_q(self._micro_batch, layer, number, q_THD.data_ptr(), deadline)
+        """Send what attends there of q [T, Hq, Dk], contiguous."""
+        self.native.post_q(self._micro_batch, layer, number, q_THD.data_ptr(), deadline)
 
     def post_kv(
         self, layer: int, number: int, k_THD: torch.Tensor, v_THD: torch.Tensor, deadline: float
     ) -> None:
-        """Send the stored rows of k [T, Hkv, Dk] and v [T, Hkv, Dv], contiguous."""
-        self._end.post_kv(
+        """Send what is stored there of k [T, Hkv, Dk] and v [T, Hkv, Dv], contiguous."""
+        self.native.post_kv(
             self._micro_batch, layer, number, k_THD.data_ptr(), v_THD.data_ptr(), deadline
         )
 
+    def has_out(self, number: int) -> bool:
+        """Whether the executor's output is here, or none will come. Never blocks."""
+        return self.native.has_out(self._micro_batch, number)
+
     def view_out(self, layer: int, number: int, shape: torch.Size, deadline: float) -> torch.Tensor:
-        """The executor's output [A, hq, Dv], in the mailbox: valid until the next layer's."""
-        address = self._end.wait_out(self._micro_batch, layer, number, deadline)
+        """The output of an executor with `attends_whole`, in the mailbox: valid until the next
+        layer's."""
+        address = self.native.wait_out(self._micro_batch, layer, number, deadline)
         view = self._views.get((address, shape))
         if view is None:
             memory = (ctypes.c_char * (shape.numel() * self._dtype.itemsize)).from_address(address)
@@ -119,34 +128,35 @@ class Route:
         return view
 
     def collect_out(self, layer: int, number: int, out_THD: torch.Tensor, deadline: float) -> None:
-        """Copy the executor's output to its rows and heads of the layer's output [T, Hq, Dv]."""
-        self._end.collect_out(self._micro_batch, layer, number, out_THD.data_ptr(), deadline)
+        """Copy an output that is not partial to its rows and heads of the layer's [T, Hq, Dv]."""
+        self.native.collect_out(self._micro_batch, layer, number, out_THD.data_ptr(), deadline)
 
 
-def _append_run(runs: list[tuple[int, int]], start: int, count: int) -> None:
-    """Add rows, as a part of the last run where they follow it."""
-    if runs and sum(runs[-1]) == start:
-        runs[-1] = (runs[-1][0], runs[-1][1] + count)
-    else:
-        runs.append((start, count))
+def first_rows(plan: StepPlan) -> dict[int, int]:
+    """The first row of every sequence's span."""
+    rows: dict[int, int] = {}
+    row = 0
+    for span in plan.spans:
+        rows[span.sequence] = row
+        row += span.num_rows
+    return rows
 
 
-_HeadShare = tuple[int, int, int]
-
-
-def _layer_shares(
-    spec: AttentionSpec, share: Share, itemsize: int
-) -> tuple[_HeadShare, _HeadShare, _HeadShare, _HeadShare]:
-    """Row size, offset and size in bytes of the share, for q, k, v and out."""
-
-    def head_share(num_heads: int, heads: tuple[int, int], dim: int) -> _HeadShare:
-        size = dim * itemsize
-        return (num_heads * size, heads[0] * size, (heads[1] - heads[0]) * size)
-
-    query_heads, kv_heads = query_head_range(spec, *share), kv_head_range(spec, *share)
-    return (
-        head_share(spec.num_query_heads, query_heads, spec.head_dim_k),
-        head_share(spec.num_kv_heads, kv_heads, spec.head_dim_k),
-        head_share(spec.num_kv_heads, kv_heads, spec.head_dim_v),
-        head_share(spec.num_query_heads, query_heads, spec.head_dim_v),
-    )
+def layer_units(
+    specs: Sequence[AttentionSpec], num_units: int, dtype: torch.dtype
+) -> list[tuple[int, int, int, int, int, int]]:
+    """Sizes of one head unit in each layer, as the native side wants them."""
+    units = []
+    for spec in specs:
+        num_query, num_kv = spec.num_query_heads // num_units, spec.num_kv_heads // num_units
+        units.append(
+            (
+                num_query * spec.head_dim_k * dtype.itemsize,
+                num_kv * spec.head_dim_k * dtype.itemsize,
+                num_kv * spec.head_dim_v * dtype.itemsize,
+                num_query * spec.head_dim_v * dtype.itemsize,
+                num_query,
+                spec.head_dim_v,
+            )
+        )
+    return units
