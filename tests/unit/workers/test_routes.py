@@ -183,9 +183,7 @@ def test_any_placement_gives_the_whole(data: st.DataObject) -> None:
     num_executors = data.draw(st.integers(1, 4))
     cluster = Cluster(num_executors, page_units)
     lengths = [0, 0, 0]
-    where = [
-        data.draw(placements(page_units, num_executors).filter(_is_served)) for _ in lengths
-    ]
+    where = [data.draw(placements(page_units, num_executors).filter(_is_served)) for _ in lengths]
     local = (Share(LOCAL, 0, UNITS),)
     targets = data.draw(st.lists(st.integers(1, 14), min_size=3, max_size=3))
     keeps_local = [Share(LOCAL, 0, UNITS) in placement for placement in where]
