@@ -63,19 +63,13 @@ def summarize(
         for worker, busy in occupancy(stretch.records).items():
             worked[worker] = worked.get(worker, 0.0) + float(busy.between(*span))
     records = [step.record for step in parts]
-    num_rows = sum(
-        record.num_rows
-        for stretch in stretches
-        for record in stretch.records
-        if stretch.begin_s < record.end_s <= stretch.end_s
-    )
     return Breakdown(
         subject=subject,
         batch=batch,
         context=context,
         num_steps=len(parts),
         rows_per_step=sum(record.num_rows for record in records) / len(records),
-        tokens_per_s=num_rows / seconds,
+        tokens_per_s=sum(s.num_tokens for s in stretches) / seconds,
         step_ms=1e3 * sum(step.total_s for step in parts) / len(parts),
         parts_ms={
             part: 1e3 * sum(step.seconds[part] for step in parts) / len(parts) for part in PARTS

@@ -24,12 +24,13 @@ PREFILL_ROWS = 512
 
 
 class Stretch(NamedTuple):
-    """A stretch of time that was measured, and the steps that were seen until its end."""
+    """A stretch of time that was measured, and the steps that ran in it."""
 
     begin_s: float
     end_s: float
+    num_tokens: int
     records: list[StepRecord]
-    """In the order in which they ended; some began earlier than the stretch."""
+    """In the order in which they ended; some began before the stretch, or ended after it."""
 
 
 class Subject(Protocol):
@@ -58,14 +59,16 @@ class LaminaSubject:
         self._started: StartedEngine = start_engine(config)
         self._round = 0
         self._names: list[str] = []
+        self._stretch: Stretch | None = None
         self._stretches: list[Stretch] = []
+        self._records: dict[int, StepRecord] = {}
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> float:
         engine = self._started.engine
         for name in self._names:
             engine.abort(name)
         self._round += 1
-        self._stretches = []
+        self._stretch, self._stretches = None, []
         self._names = [f"{self._round}-{index}" for index in range(len(prompts))]
         sampling = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
         start = time.perf_counter()
@@ -86,21 +89,41 @@ class LaminaSubject:
         The first one is not counted: what was in flight since the last call has had time enough.
         """
         counts = dict.fromkeys(self._names, 0)
-        engine = self._started.engine
-        ends: list[float] = []
-        engine.timeline.take()
-        for goal in range(1, num_steps + 2):
-            while min(counts.values()) < goal:
-                for output in engine.step():
-                    counts[output.request_id] += len(output.token_ids)
+        self._advance(counts)
+        self._end_stretch()
+        ends = [time.monotonic()]
+        for _ in range(num_steps):
+            self._advance(counts)
             ends.append(time.monotonic())
-        self._stretches.append(Stretch(ends[0], ends[-1], engine.timeline.take()))
+        self._stretch = Stretch(ends[0], ends[-1], num_steps * len(self._names), [])
         return [after - before for before, after in pairwise(ends)]
+
+    def _advance(self, counts: dict[str, int]) -> None:
+        """Run steps until every sequence has one token more than the last one has now."""
+        engine = self._started.engine
+        goal = min(counts.values()) + 1
+        while min(counts.values()) < goal:
+            for output in engine.step():
+                counts[output.request_id] += len(output.token_ids)
+        for record in engine.timeline.records:
+            self._records[record.step] = record
+
+    def _end_stretch(self) -> None:
+        """The steps that were in flight at the end of the last stretch are through."""
+        if (stretch := self._stretch) is not None:
+            stretch.records.extend(
+                record for record in self._records.values() if record.end_s > stretch.begin_s
+            )
+            self._stretches.append(stretch)
+            self._stretch = None
+        self._records.clear()
 
     def phases(self) -> dict[str, float]:
         return self._started.engine.stats().seconds
 
     def stretches(self) -> list[Stretch]:
+        self._advance(dict.fromkeys(self._names, 0))
+        self._end_stretch()
         return self._stretches
 
     def close(self) -> None:
