@@ -302,7 +302,7 @@ class ExecutorEnd:
         deadline: float,
     ) -> None: ...
     def attends_whole(self, micro_batch: int, num_rows: int) -> bool:
-        """Whether all units of all rows attend here, so that payloads are the tensors themselves."""
+        """Whether all units of all rows attend here: payloads are the tensors themselves."""
 
     def has_out(self, micro_batch: int, number: int) -> bool:
         """Whether the output is here or none will come. Never blocks."""
@@ -324,7 +324,7 @@ class ShareMerger:
         """`dtype`: of the merged output: float32, float16 or bfloat16."""
 
     def begin(self, micro_batch: int, num_rows: int, ends: Sequence[ExecutorEnd]) -> None:
-        """The next step: every end whose outputs are partial, which has begun it and outlives it."""
+        """The next step: all ends with partial outputs, which have begun it and outlive it."""
 
     def collect(
         self, micro_batch: int, layer: int, number: int, out_address: int, deadline: float

@@ -1,36 +1,35 @@
-"""The engine: plan -> run -> apply.
+"""The engine: plan -> submit -> collect -> apply, with a step of every micro-batch in flight.
 
-It owns the scheduler and the model worker of rank 0. It knows tokens, never text.
+It owns the scheduler and knows tokens, never text. Who runs the slices is the pipeline's business.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Seq
 
 import torch
 
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
 from lamina.engine.messages import EngineStats, ExecutorStats, ModelInfo
-from lamina.engine.sampler import Sampler, SamplerRow, prompt_logprobs
-from lamina.sched.admission import PageBudget
+from lamina.engine.sampler import Sampler
+from lamina.engine.steps import PlannedStep
+from lamina.engine.timeline import Timeline
 from lamina.sched.batcher import Batcher
-from lamina.sched.sequence import Sequence
-from lamina.types import (
-    EngineRequest,
-    FinishReason,
-    SequenceOutput,
-    StepPlan,
-    TokenLogprobs,
-)
+from lamina.sched.sequence import Finish
+from lamina.types import EngineRequest, FinishReason, SequenceOutput, TokenLogprobs
 from lamina.workers.deployment import Deployment
 from lamina.workers.fleet import ExecutorFleet
-from lamina.workers.model import ModelWorker
+from lamina.workers.model import StepInputs
+from lamina.workers.pipeline import Finished, Pipeline
 
 
 class Engine:
-    """Continuous batching over one model worker and its attention executors. One thread uses it."""
+    """Continuous batching over a pipeline and its attention executors. One thread uses it.
+
+    Attributes:
+        timeline: of the last steps.
+    """
 
     def __init__(
         self,
@@ -38,26 +37,32 @@ class Engine:
         model: SlicedModel,
         deployment: Deployment,
         fleet: ExecutorFleet,
+        pipeline: Pipeline,
     ) -> None:
         """
         Args:
             fleet: the running executors; the engine uses them and does not close them.
+            pipeline: over these executors.
         """
         self.model = model
         self.deployment = deployment
         self._config = config
         self._fleet = fleet
-        self._worker = ModelWorker(
-            model, fleet.ends, early_q=config.early_q, step_deadline_s=config.step_deadline_s
-        )
+        self._pipeline = pipeline
         self._sampler = Sampler()
+        budget = deployment.page_budget()
         self._batcher = Batcher(
-            PageBudget(config.block_size, deployment.num_pages),
-            by_requests=deployment.by_requests,
+            budget,
+            deployment.placer(budget),
+            num_micro_batches=pipeline.num_micro_batches,
+            num_replicas=deployment.num_replicas,
             max_num_seqs=config.max_num_seqs,
             max_num_rows=config.max_num_batched_tokens,
             max_model_len=deployment.max_model_len,
         )
+        self.timeline = Timeline(fleet.name)
+        self._in_flight: dict[int, PlannedStep] = {}
+        self._outputs: list[SequenceOutput] = []  # of steps collected outside of `step`
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
         self._num_steps = 0
@@ -80,7 +85,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._batcher.has_work
+        """Whether `step` has something to do or to return."""
+        return bool(self._outputs) or self._batcher.has_work
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request that the front end has validated against `info`."""
@@ -91,29 +97,23 @@ class Engine:
         self._batcher.abort(request_id)
 
     def step(self) -> list[SequenceOutput]:
-        """Run one step of one micro-batch and return what it adds to the requests.
+        """Bring every idle micro-batch into flight, wait until a step is through, and return what
+        it adds to the requests.
 
         Raises:
             TransportError, CapacityError: an executor failed; the engine must not be used further.
         """
-        clock = time.perf_counter
-        start = clock()
-        plan = self._batcher.plan()
-        if plan is None:
-            return []
-        step = _StepInputs(plan, self._batcher)
-        planned = clock()
-        logits = self._worker.run(plan, step.input_ids, step.position_ids, step.logit_rows)
-        ran = clock()
-        outputs = self._apply(plan, step, logits)
-        self._schedule_s += planned - start
-        self._sample_s += clock() - ran
-        self._num_steps += 1
+        self._submit_idle()
+        outputs, self._outputs = self._outputs, []
+        if self._in_flight:
+            outputs += self._collect()
+            if self._pipeline.runs_ahead:
+                self._submit_idle()
         return outputs
 
     def stats(self) -> EngineStats:
         """A snapshot of the queue, the pages and where time went."""
-        budget, times = self._batcher.budget, self._worker.times
+        budget, times = self._batcher.budget, self._pipeline.times
         return EngineStats(
             num_running=self._batcher.num_running,
             num_waiting=self._batcher.num_waiting,
@@ -143,14 +143,18 @@ class Engine:
     def check_integrity(self) -> tuple[list[str], list[ExecutorStats]]:
         """Problems of every executor's allocator, and disagreements with the engine's arithmetic.
 
+        Steps in flight are finished first; what they add to requests comes with the next `step`.
         Blocks for one round trip to each worker.
 
         Raises:
             TransportError: an executor failed; the engine must not be used further.
         """
+        while self._in_flight:
+            self._outputs += self._collect()
         if (plan := self._batcher.plan_releases()) is not None:
             none = torch.empty(0, dtype=torch.int64)
-            self._worker.run(plan, none, none, none)
+            self._pipeline.submit(plan, StepInputs(none, none, none))
+            self._pipeline.collect()
         problems: list[str] = []
         counts: list[ExecutorStats] = []
         for executor, report in self._fleet.integrity().items():
@@ -169,99 +173,97 @@ class Engine:
             )
         return problems, counts
 
-    def _apply(
-        self, plan: StepPlan, step: _StepInputs, logits: torch.Tensor
-    ) -> list[SequenceOutput]:
-        sampled = step.sampled
-        rows = [
-            SamplerRow(
-                s.request.sampling,
-                s.request.seed,
-                s.request.prompt_token_ids,
-                s.output_token_ids,
-                s.request.eos_token_ids,
-            )
-            for s in sampled
-        ]
-        result = self._sampler.sample(logits[: len(rows)], rows)
-        scored = step.score_prompts(logits[len(rows) :])
-        tokens: dict[int, int] = {}
+    def _submit_idle(self) -> None:
+        """Plan and submit a step of every micro-batch that has none in flight."""
+        clock = time.monotonic
+        for micro_batch in self._batcher.idle:
+            start = clock()
+            plan = self._batcher.plan(micro_batch)
+            if plan is not None:
+                step = PlannedStep(plan, self._batcher, start)
+                planned = clock()
+                self._pipeline.submit(plan, step.inputs)
+                step.planned_s = clock()
+                self._in_flight[micro_batch] = step
+                self._schedule_s += planned - start
+
+    def _collect(self) -> list[SequenceOutput]:
+        """Wait until a step is through and apply it."""
+        finished = self._pipeline.collect()
+        logits_s = time.monotonic()
+        step = self._in_flight.pop(finished.plan.micro_batch)
+        outputs = self._apply(step, finished)
+        end_s = time.monotonic()
+        self._sample_s += end_s - logits_s
+        self._num_steps += 1
+        self.timeline.add(
+            finished,
+            begin_s=step.begin_s,
+            planned_s=step.planned_s,
+            logits_s=logits_s,
+            end_s=end_s,
+        )
+        if not self._in_flight:
+            self.timeline.flush()
+        return outputs
+
+    def _apply(self, step: PlannedStep, finished: Finished) -> list[SequenceOutput]:
+        """Sample, and commit the step. Sequences aborted meanwhile add nothing."""
+        sampled, logits = step.sampled, finished.logits
+        result = self._sampler.sample(logits[: len(sampled)], step.sampler_rows())
+        scored = {
+            sequence.request.request_id: entries
+            for sequence, entries in step.score_prompts(logits[len(sampled) :])
+        }
+        alive = [(row, s) for row, s in enumerate(sampled) if not s.aborted]
+        tokens = {s.id: result.token_ids[row] for row, s in alive if row not in result.errors}
+        self._num_prompt_tokens += sum(
+            s.num_prompt_tokens for _, s in alive if not s.output_token_ids
+        )
+        finishes = self._batcher.apply(step.plan, tokens)
         outputs: list[SequenceOutput] = []
-        for row, sequence in enumerate(sampled):
+        for row, sequence in alive:
+            request_id = sequence.request.request_id
+            prompt_logprobs = scored.pop(request_id, ())
             if row in result.errors:
+                self._batcher.abort(request_id)
                 outputs.append(
                     SequenceOutput(
-                        request_id=sequence.request.request_id,
-                        prompt_logprobs=scored.pop(sequence.id, ()),
+                        request_id=request_id,
+                        prompt_logprobs=prompt_logprobs,
                         finish_reason=FinishReason.ERROR,
                         error=result.errors[row],
                     )
                 )
-            else:
-                tokens[sequence.id] = result.token_ids[row]
-            if not sequence.output_token_ids:
-                self._num_prompt_tokens += sequence.num_prompt_tokens
-        finishes = self._batcher.apply(plan, tokens)
-        for output in outputs:
-            self._batcher.abort(output.request_id)
-        for row, sequence in enumerate(sampled):
-            if sequence.id not in tokens:
                 continue
-            finish = finishes[sequence.id]
-            stopped = finish is not None and finish.reason is FinishReason.STOP
-            logprobs = result.logprobs[row]
-            self._num_generated_tokens += not stopped
-            outputs.append(
-                SequenceOutput(
-                    request_id=sequence.request.request_id,
-                    token_ids=() if stopped else (tokens[sequence.id],),
-                    logprobs=() if stopped or logprobs is None else (logprobs,),
-                    prompt_logprobs=scored.pop(sequence.id, ()),
-                    finish_reason=finish.reason if finish else None,
-                    stop_token_id=finish.stop_token_id if finish else None,
-                )
+            output = _output(
+                request_id,
+                result.token_ids[row],
+                result.logprobs[row],
+                prompt_logprobs,
+                finishes[sequence.id],
             )
-        for sequence_id, entries in scored.items():
-            request_id = self._batcher.sequence(sequence_id).request.request_id
+            self._num_generated_tokens += len(output.token_ids)
+            outputs.append(output)
+        for request_id, entries in scored.items():
             outputs.append(SequenceOutput(request_id=request_id, prompt_logprobs=entries))
         return outputs
 
 
-class _StepInputs:
-    """Tensors and bookkeeping of one step, made once from its plan."""
-
-    def __init__(self, plan: StepPlan, batcher: Batcher) -> None:
-        input_ids: list[int] = []
-        position_ids: list[int] = []
-        prompt_rows: list[int] = []
-        self._prompt_parts: list[tuple[Sequence, int, int]] = []
-        for span in plan.spans:
-            sequence = batcher.sequence(span.sequence)
-            start, stop = span.context_tokens, span.context_tokens + span.num_rows
-            if sequence.request.sampling.prompt_logprobs is not None:
-                first = max(start, sequence.num_scored)
-                last = min(stop, sequence.num_prompt_tokens - 1)
-                if first < last:
-                    offset = len(input_ids) - start
-                    prompt_rows.extend(range(offset + first, offset + last))
-                    self._prompt_parts.append((sequence, first, last))
-                    sequence.num_scored = last
-            input_ids += sequence.tokens(start, stop)
-            position_ids += range(start, stop)
-        sampled = batcher.sampled_rows(plan)
-        self.sampled: Seq[Sequence] = [sequence for sequence, _ in sampled]
-        self.input_ids = torch.tensor(input_ids, dtype=torch.int64)
-        self.position_ids = torch.tensor(position_ids, dtype=torch.int64)
-        self.logit_rows = torch.tensor([row for _, row in sampled] + prompt_rows, dtype=torch.int64)
-
-    def score_prompts(self, logits_PV: torch.Tensor) -> dict[int, tuple[TokenLogprobs, ...]]:
-        """Log-probabilities of the prompt tokens that follow the prompt rows, per sequence."""
-        scored: dict[int, tuple[TokenLogprobs, ...]] = {}
-        row = 0
-        for sequence, first, last in self._prompt_parts:
-            targets = sequence.tokens(first + 1, last + 1)
-            num_top = sequence.request.sampling.prompt_logprobs or 0
-            part = logits_PV[row : row + last - first]
-            scored[sequence.id] = tuple(prompt_logprobs(part, targets, num_top))
-            row += last - first
-        return scored
+def _output(
+    request_id: str,
+    token_id: int,
+    logprobs: TokenLogprobs | None,
+    prompt_logprobs: tuple[TokenLogprobs, ...],
+    finish: Finish | None,
+) -> SequenceOutput:
+    """What a sampled token adds to its request; a stop token is not a part of the output."""
+    stopped = finish is not None and finish.reason is FinishReason.STOP
+    return SequenceOutput(
+        request_id=request_id,
+        token_ids=() if stopped else (token_id,),
+        logprobs=() if stopped or logprobs is None else (logprobs,),
+        prompt_logprobs=prompt_logprobs,
+        finish_reason=finish.reason if finish else None,
+        stop_token_id=finish.stop_token_id if finish else None,
+    )

@@ -54,6 +54,8 @@ class ExecutorFleet:
         """Prepare; `start` is the way to get a running fleet."""
         self.ends: list[ExecutorEnd] = []
         """The model worker's ends of the links to all executors."""
+        self.plan_ends: list[PlanEnd] = []
+        """The engine's ends of the same links."""
         self._config = config
         self._model = model
         self._deployment = deployment

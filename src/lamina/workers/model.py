@@ -1,4 +1,4 @@
-"""The model worker: runs slices of the steps in flight and exchanges q, k, v and outputs with executors.
+"""The model worker: runs slices of the steps in flight; q, k, v and outputs pass to and fro.
 
 It holds weights and no request state. Local and remote executors differ only in the link. With
 several replicas a worker runs the slices that the timetable gives it (`sched/rotation.py`), and a
@@ -27,20 +27,20 @@ from lamina.workers.steptimes import NUM_TIMES, new_step_times
 class StepInputs(NamedTuple):
     """The tensors of a step's plan."""
 
-    input_ids_T: torch.Tensor
-    """int64, the token of every row."""
-    position_ids_T: torch.Tensor
-    """int64, each row's position in its sequence."""
-    logit_rows_R: torch.Tensor
-    """int64, the rows whose logits are wanted."""
+    input_ids: torch.Tensor
+    """int64 [T], the token of every row."""
+    position_ids: torch.Tensor
+    """int64 [T], each row's position in its sequence."""
+    logit_rows: torch.Tensor
+    """int64 [R], the rows whose logits are wanted."""
 
 
 class ContextPort(Protocol):
     """Moves what a slice needs of earlier slices between the replicas that run them."""
 
     def send(self, micro_batch: int, slice_index: int, state: SliceState) -> None:
-        """After a slice that is not the step's last: give what later slices need to the replica that
-        runs the next."""
+        """After a slice that is not the step's last: give what later slices need to the replica
+        that runs the next."""
 
     def is_ready(self, micro_batch: int, slice_index: int) -> bool:
         """Whether `receive` would not wait."""
@@ -118,9 +118,7 @@ class ModelWorker:
         )
 
     @torch.inference_mode()
-    def begin(
-        self, plan: StepPlan, parts: Mapping[int, ExecutorPlan], inputs: StepInputs
-    ) -> None:
+    def begin(self, plan: StepPlan, parts: Mapping[int, ExecutorPlan], inputs: StepInputs) -> None:
         """Take up a step with rows; that of the same micro-batch before it is through here.
 
         Args:

@@ -15,15 +15,17 @@ from lamina.workers.model import ModelWorker, StepInputs
 from lamina.workers.plans import PlanEnd, Report
 from lamina.workers.steptimes import StepTimes
 
-MODEL_WORKER = "model-worker"
+MODEL_WORKER = "model"
 
 
 class Finished(NamedTuple):
     """A step that is through."""
 
     plan: StepPlan
-    logits_RV: torch.Tensor
-    """In the model's dtype."""
+    logits: torch.Tensor
+    """[R, vocabulary] in the model's dtype."""
+    executors: frozenset[int]
+    """Those that took part in the step, and report on it."""
     times: dict[str, array[float]]
     """Per model worker the `SliceTimes` of the slices that it ran."""
     reports: tuple[Report, ...]
@@ -36,14 +38,14 @@ class Pipeline(Protocol):
 
     num_micro_batches: int
     runs_ahead: bool
-    """Steps go on while nobody is in `collect`: the sooner the next one is submitted, the better."""
+    """Steps go on while nobody is in `collect`: submit the next one as soon as it is known."""
     times: StepTimes
 
     def submit(self, plan: StepPlan, inputs: StepInputs) -> None:
         """Begin a step; no other of its micro-batch may be in flight.
 
         Raises:
-            TransportError, CapacityError: an executor failed; the pipeline must not be used further.
+            TransportError, CapacityError: an executor failed; the pipeline is of no use any more.
         """
 
     def collect(self) -> Finished:
@@ -69,7 +71,7 @@ class LocalPipeline:
         self._worker = worker
         self._plan_ends = {end.executor: end for end in plan_ends}
         self._step_deadline_s = step_deadline_s
-        self._plans: dict[int, StepPlan] = {}
+        self._steps: dict[int, tuple[StepPlan, frozenset[int]]] = {}
         self._through: deque[StepPlan] = deque()
 
     def submit(self, plan: StepPlan, inputs: StepInputs) -> None:
@@ -78,7 +80,8 @@ class LocalPipeline:
         for executor, part in parts.items():
             self._plan_ends[executor].post(part, start + self._step_deadline_s)
         if plan.spans:
-            self._plans[plan.micro_batch] = plan
+            executors = frozenset(e for e, part in parts.items() if part.spans)
+            self._steps[plan.micro_batch] = plan, executors
             self._worker.begin(plan, parts, inputs)
         else:
             self._through.append(plan)
@@ -88,18 +91,19 @@ class LocalPipeline:
         start = time.monotonic()
         worker = self._worker
         if self._through:
-            plan, times = self._through.popleft(), {}
+            plan, executors, times = self._through.popleft(), frozenset[int](), {}
             logits = torch.empty(0, worker.model.vocab_size, dtype=worker.model.dtype)
         else:
             result = None
             while result is None:
                 micro_batch, result = worker.run_next()
-            plan, logits = self._plans.pop(micro_batch), result
+            logits = result
+            plan, executors = self._steps.pop(micro_batch)
             times = {MODEL_WORKER: worker.times(micro_batch)}
             self.times.add(times[MODEL_WORKER])
         reports = tuple(r for end in self._plan_ends.values() for r in end.take_reports())
         self.times.steps_s += time.monotonic() - start
-        return Finished(plan, logits, times, reports)
+        return Finished(plan, logits, executors, times, reports)
 
 
 def executor_parts(plan: StepPlan) -> dict[int, ExecutorPlan]:

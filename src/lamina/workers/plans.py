@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 import torch
 
 from lamina.transport.native import NativeLink
@@ -24,8 +25,8 @@ class Report(NamedTuple):
 
     executor: int
     step: int
-    times_L4: torch.Tensor
-    """float64 [layers, 4], seconds of the executor's monotonic clock: attention over cached tokens
+    times: np.ndarray[Any, np.dtype[np.float64]]
+    """[layers, 4], seconds of the executor's monotonic clock: attention over cached tokens
     began and ended, the rest began and ended. Zeros where there was nothing to do."""
 
 
@@ -74,6 +75,7 @@ class PlanEnd:
             while (step := next((s for s in due if inbox.native.holds(s)), None)) is not None:
                 while due.popleft() != step:
                     pass
-                times_L4 = inbox.wait(step, 0.0).view(torch.float64).view(-1, 4).clone()
-                reports.append(Report(self.executor, step, times_L4))
+                payload = inbox.wait(step, 0.0).numpy()
+                times = payload.view(np.float64).reshape(-1, 4).copy()
+                reports.append(Report(self.executor, step, times))
         return reports

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -84,7 +83,7 @@ class Run:
     def collect(self) -> int:
         finished = self.pipeline.collect()
         self.finished.append(finished)
-        self.logits[finished.plan.micro_batch].append(finished.logits_RV)
+        self.logits[finished.plan.micro_batch].append(finished.logits)
         return finished.plan.micro_batch
 
     def run(self) -> None:
@@ -166,8 +165,8 @@ def test_times_and_reports_cover_the_step(model: SlicedModel) -> None:
     decode = [report for report in reports if report.executor == 2 and report.step > 1]
     times = {f.plan.step: f.times[MODEL_WORKER] for f in run.finished}
     for report in decode:
-        assert report.times_L4.shape == (model.num_layers, 4)
-        for layer, row in enumerate(report.times_L4.tolist()):
+        assert report.times.shape == (model.num_layers, 4)
+        for layer, row in enumerate(report.times.tolist()):
             assert row == sorted(row)
             sent = slice_times(times[report.step], layer)
             assert sent.begin <= sent.inputs_here <= sent.q_end <= sent.q_sent <= sent.kv_end
@@ -188,6 +187,6 @@ def test_a_step_without_rows_releases_and_passes(model: SlicedModel) -> None:
     run.pipeline.submit(plan, StepInputs(none, none, none))
     finished = run.pipeline.collect()
     assert finished.plan == plan
-    assert finished.logits_RV.shape == (0, VOCAB_SIZE)
+    assert finished.logits.shape == (0, VOCAB_SIZE)
     assert not run.executors[2].lanes
     assert not run.executors[LOCAL].lanes
