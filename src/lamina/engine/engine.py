@@ -12,9 +12,13 @@ import torch
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
 from lamina.engine.messages import EngineStats, ExecutorStats, ModelInfo
+<<<<<<< HEAD
 from lamina.engine.sampler import Sampler
 from lamina.engine.steps import PlannedStep
 from lamina.engine.timeline import Timeline
+=======
+from lamina.engine.sampler import Sampler, SamplerRow, prompt_logprobs
+>>>>>>> sched
 from lamina.sched.batcher import Batcher
 from lamina.sched.sequence import Finish
 from lamina.types import EngineRequest, FinishReason, SequenceOutput, TokenLogprobs
