@@ -33,6 +33,15 @@ class Stretch(NamedTuple):
     """In the order in which they ended; some began before the stretch, or ended after it."""
 
 
+class WorkerWeights(NamedTuple):
+    """The attention workers' shares of new work."""
+
+    num_steps: int
+    """Steps of the engine so far."""
+    shares: list[float]
+    """Per worker, together 1."""
+
+
 class Subject(Protocol):
     """Something that decodes."""
 
@@ -57,31 +66,42 @@ class LaminaSubject:
 
     def __init__(self, config: EngineConfig) -> None:
         self._started: StartedEngine = start_engine(config)
-        self._round = 0
+        self._num_prompts = 0
         self._names: list[str] = []
         self._stretch: Stretch | None = None
         self._stretches: list[Stretch] = []
         self._records: dict[int, StepRecord] = {}
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> float:
-        engine = self._started.engine
-        for name in self._names:
-            engine.abort(name)
-        self._round += 1
         self._stretch, self._stretches = None, []
-        self._names = [f"{self._round}-{index}" for index in range(len(prompts))]
+        return self.replace(len(self._names), prompts)
+
+    def replace(self, num_ended: int, prompts: Sequence[Sequence[int]]) -> float:
+        """End the oldest sequences and compute new prompts in their place; returns seconds."""
+        engine = self._started.engine
+        for name in self._names[:num_ended]:
+            engine.abort(name)
+        new = [f"{self._num_prompts + index}" for index in range(len(prompts))]
+        self._num_prompts += len(prompts)
+        self._names = [*self._names[num_ended:], *new]
         sampling = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
         start = time.perf_counter()
-        for name, prompt in zip(self._names, prompts, strict=True):
+        for name, prompt in zip(new, prompts, strict=True):
             engine.add(
                 EngineRequest(
                     request_id=name, prompt_token_ids=tuple(prompt), sampling=sampling, seed=0
                 )
             )
-        waiting = set(self._names)
+        waiting = set(new)
         while waiting:
             waiting -= {output.request_id for output in engine.step() if output.token_ids}
         return time.perf_counter() - start
+
+    def weights(self) -> WorkerWeights:
+        """How new work is divided among the attention workers now."""
+        stats = self._started.engine.stats()
+        weights = [e.weight for e in stats.executors if e.weight is not None]
+        return WorkerWeights(stats.steps_total, [weight / sum(weights) for weight in weights])
 
     def decode(self, num_steps: int) -> list[float]:
         """A step is over when every sequence has one token more, however many are in flight.
@@ -104,7 +124,8 @@ class LaminaSubject:
         goal = min(counts.values()) + 1
         while min(counts.values()) < goal:
             for output in engine.step():
-                counts[output.request_id] += len(output.token_ids)
+                if output.request_id in counts:  # it may have been ended with its step in flight
+                    counts[output.request_id] += len(output.token_ids)
         for record in engine.timeline.records:
             self._records[record.step] = record
 
@@ -214,6 +235,14 @@ class SubjectProcess:
     def decode(self, num_steps: int) -> list[float]:
         seconds: list[float] = self._call("decode", num_steps)
         return seconds
+
+    def replace(self, num_ended: int, prompts: Sequence[Sequence[int]]) -> float:
+        seconds: float = self._call("replace", num_ended, prompts)
+        return seconds
+
+    def weights(self) -> WorkerWeights:
+        weights: WorkerWeights = self._call("weights")
+        return weights
 
     def phases(self) -> dict[str, float]:
         seconds: dict[str, float] = self._call("phases")

@@ -11,14 +11,13 @@ import torch
 
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
+from lamina.engine.events import StepRecord
 from lamina.engine.messages import EngineStats, ExecutorStats, ModelInfo
-<<<<<<< HEAD
+from lamina.engine.phases import PhaseHistograms
 from lamina.engine.sampler import Sampler
 from lamina.engine.steps import PlannedStep
 from lamina.engine.timeline import Timeline
-=======
-from lamina.engine.sampler import Sampler, SamplerRow, prompt_logprobs
->>>>>>> sched
+from lamina.engine.trace import TraceWriter
 from lamina.sched.batcher import Batcher
 from lamina.sched.sequence import Finish
 from lamina.types import EngineRequest, FinishReason, SequenceOutput, TokenLogprobs
@@ -42,11 +41,14 @@ class Engine:
         deployment: Deployment,
         fleet: ExecutorFleet,
         pipeline: Pipeline,
+        *,
+        trace: TraceWriter | None = None,
     ) -> None:
         """
         Args:
             fleet: the running executors; the engine uses them and does not close them.
             pipeline: over these executors.
+            trace: gets every step; not closed either.
         """
         self.model = model
         self.deployment = deployment
@@ -64,7 +66,9 @@ class Engine:
             max_num_rows=config.max_num_batched_tokens,
             max_model_len=deployment.max_model_len,
         )
-        self.timeline = Timeline(fleet.name)
+        self._trace = trace
+        self._phases = PhaseHistograms()
+        self.timeline = Timeline(fleet.name, on_record=self._observe)
         self._in_flight: dict[int, PlannedStep] = {}
         self._outputs: list[SequenceOutput] = []  # of steps collected outside of `step`
         self._num_prompt_tokens = 0
@@ -127,6 +131,7 @@ class Engine:
                     pages_used=budget.used(executor),
                     pages_total=pages,
                     alive=self._fleet.lost(executor) is None,
+                    weight=self._batcher.placer.weights.get(executor),
                 )
                 for executor, pages in sorted(budget.capacity_pages.items())
             ),
@@ -142,6 +147,7 @@ class Engine:
                 "steps_other": times.other_s,
                 "sample": self._sample_s,
             },
+            phases=self._phases.snapshot(),
         )
 
     def check_integrity(self) -> tuple[list[str], list[ExecutorStats]]:
@@ -210,6 +216,11 @@ class Engine:
         if not self._in_flight:
             self.timeline.flush()
         return outputs
+
+    def _observe(self, record: StepRecord) -> None:
+        self._phases.add(record)
+        if self._trace is not None:
+            self._trace.write(record)
 
     def _apply(self, step: PlannedStep, finished: Finished) -> list[SequenceOutput]:
         """Sample, and commit the step. Sequences aborted meanwhile add nothing."""

@@ -34,6 +34,8 @@ class ExecutorStats(msgspec.Struct, frozen=True, kw_only=True):
     pages_used: int
     pages_total: int
     alive: bool = True
+    weight: float | None = None
+    """The share of new work that it gets, as a ratio to the others'; None: the local executor."""
 
 
 PHASE_BUCKETS_S = (

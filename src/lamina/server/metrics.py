@@ -165,7 +165,15 @@ class _EngineCollector(Collector):
         total = GaugeMetricFamily(
             "lamina_kv_pages_total", "KV pages, per attention executor", labels=["executor"]
         )
+        weight = GaugeMetricFamily(
+            "lamina_attention_weight",
+            "Share of new work of each attention worker, 0 to 1",
+            labels=["executor"],
+        )
+        weights = sum(executor.weight or 0.0 for executor in stats.executors)
         for executor in stats.executors:
+            if executor.weight is not None:
+                weight.add_metric([executor.name], executor.weight / weights)
             used.add_metric([executor.name], executor.pages_used)
             total.add_metric([executor.name], executor.pages_total)
         preemptions = CounterMetricFamily(
@@ -180,6 +188,7 @@ class _EngineCollector(Collector):
         for phase, value in stats.seconds.items():
             seconds.add_metric([phase], value)
         yield from (up, running, waiting, used, total, preemptions, steps, seconds)
+        yield weight
         yield _step_phases(stats.phases)
 
 

@@ -11,11 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from lamina.bench.decode import lamina_config, measure
-from lamina.bench.shapes import SHAPES
 from lamina.bench.subjects import LaminaSubject, Stretch, SubjectProcess
 from lamina.cli.main import app
 from lamina.errors import ConfigError, EngineDead
-from support.families import save_tiny_model
 
 
 class FakeSubject:
@@ -55,14 +53,6 @@ def test_speeds_and_ratios_are_medians_over_turns() -> None:
     assert (second.ratio, second.prefill_tokens_per_s) == pytest.approx((1, 1.5))
     assert fast.prompts == base.prompts
     assert [len(prompt) for prompt in fast.prompts] == [3, 3]
-
-
-@pytest.fixture
-def tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    save_tiny_model("llama", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    monkeypatch.setitem(SHAPES, "tiny", config | {"dtype": "bfloat16"})
-    return "tiny"
 
 
 def test_the_command_measures_deployments_beside_transformers(

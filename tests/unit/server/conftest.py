@@ -83,8 +83,8 @@ class FakeEngine:
             num_running=2,
             num_waiting=1,
             executors=(
-                ExecutorStats(name="attention-1", pages_used=3, pages_total=12),
-                ExecutorStats(name="attention-2", pages_used=6, pages_total=12),
+                ExecutorStats(name="attention-1", pages_used=3, pages_total=12, weight=1.0),
+                ExecutorStats(name="attention-2", pages_used=6, pages_total=12, weight=3.0),
             ),
             preemptions_total=5,
             steps_total=7,

@@ -43,6 +43,8 @@ def test_page(tools):
     assert after["lamina_requests_waiting",] == 1
     assert after["lamina_kv_pages_used", "attention-1"] == 3
     assert after["lamina_kv_pages_total", "attention-2"] == 12
+    assert after["lamina_attention_weight", "attention-1"] == 0.25
+    assert after["lamina_attention_weight", "attention-2"] == 0.75
     assert after["lamina_preemptions_total",] == 5
     assert after["lamina_engine_steps_total",] == 7
     assert after["lamina_engine_seconds_total", "attention"] == 1.5
