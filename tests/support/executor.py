@@ -87,10 +87,6 @@ class PythonExecutor:
         self._reports = [link.outbox(b[3], b[7]) for b in boxes]
 
     def take_plan(self) -> None:
-        for micro_batch, step in list(self.steps.items()):
-            while not step.needs_q and micro_batch in self.steps:  # nobody waits for it
-                if not self._serve(micro_batch, step):
-                    break
         self.num_plans += 1
         payload = self._plans.wait(self.num_plans, time.monotonic())
         plan = _decode(payload.numpy().tobytes())

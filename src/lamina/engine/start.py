@@ -8,21 +8,27 @@ from dataclasses import dataclass
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel, convert
 from lamina.engine.engine import Engine
+from lamina.engine.trace import TraceWriter
 from lamina.kv.pages import cache_dtype_name
 from lamina.workers.deployment import Machine, resolve
 from lamina.workers.fleet import ExecutorFleet
+from lamina.workers.model import ModelWorker
+from lamina.workers.pipeline import LocalPipeline
 from lamina.workers.process import limit_threads, pinned_pool, start_fork_server
 
 
 @dataclass(frozen=True, slots=True)
 class StartedEngine:
-    """An engine and the executors that it uses. Close it to end the worker processes."""
+    """An engine and what it uses. Close it to end the worker processes and the trace."""
 
     engine: Engine
     fleet: ExecutorFleet
+    trace: TraceWriter | None
 
     def close(self) -> None:
         self.fleet.close()
+        if self.trace is not None:
+            self.trace.close()
 
 
 def start_engine(
@@ -39,6 +45,7 @@ def start_engine(
     """
     if config.attention == "remote":
         start_fork_server()  # imports torch meanwhile
+    trace = TraceWriter(config.trace) if config.trace is not None else None
     is_given = model is not None
     if model is None:
         model = convert(
@@ -60,7 +67,22 @@ def start_engine(
     if not is_given:
         model.optimize(pool, compile=config.compile)
     fleet = ExecutorFleet.start(config, model, deployment, pool)
-    return StartedEngine(Engine(config, model, deployment, fleet), fleet)
+    worker = ModelWorker(
+        model,
+        fleet.ends,
+        num_micro_batches=deployment.max_depth,
+        early_q=config.early_q,
+        defer=config.defer,
+        step_deadline_s=config.step_deadline_s,
+    )
+    pipeline = LocalPipeline(
+        worker,
+        fleet.plan_ends,
+        num_micro_batches=deployment.max_depth,
+        step_deadline_s=config.step_deadline_s,
+    )
+    engine = Engine(config, model, deployment, fleet, pipeline, trace=trace)
+    return StartedEngine(engine, fleet, trace)
 
 
 def this_machine() -> Machine:

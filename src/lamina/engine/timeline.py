@@ -87,7 +87,7 @@ class Timeline:
         num_steps: int = NUM_STEPS,
         on_record: Callable[[StepRecord], None] | None = None,
     ) -> None:
-        """`on_record`: is given every record when it is complete, in the order of the steps' ends."""
+        """`on_record`: is given every record once it is complete, in the order of the ends."""
         self._executor_name = executor_name
         self._on_record = on_record
         self._pending: deque[_Pending] = deque()

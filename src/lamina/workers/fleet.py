@@ -21,6 +21,7 @@ from lamina.transport.control import ControlServer
 from lamina.transport.handshake import Listener
 from lamina.transport.inproc import inproc_pair
 from lamina.transport.native import NativeLink
+from lamina.transport.topology import step_mailboxes
 from lamina.transport.wire import (
     Assign,
     IntegrityQuery,
@@ -31,8 +32,9 @@ from lamina.transport.wire import (
 from lamina.types import LOCAL
 from lamina.workers.attention import WorkerStart, integrity, run_attention_worker
 from lamina.workers.deployment import Deployment
+from lamina.workers.plans import PlanEnd
 from lamina.workers.process import WorkerProcess
-from lamina.workers.routes import ExecutorEnd, Share
+from lamina.workers.routes import ExecutorEnd
 from lamina.workers.serving import ExecutorServer
 
 logger = logging.getLogger("lamina.workers")
@@ -114,7 +116,7 @@ class ExecutorFleet:
             PeerLost, DeadlineExceeded: a worker does not answer.
         """
         reports: dict[int, IntegrityReply] = {}
-        for end in self.ends:
+        for end in self.plan_ends:
             if end.executor == LOCAL:
                 reports[LOCAL] = integrity(self._local)
                 continue
@@ -168,7 +170,7 @@ class ExecutorFleet:
             max_spans=self._config.max_num_seqs,
             step_deadline_s=self._config.step_deadline_s,
         )
-        self._connect(LOCAL, ours, (0, 1, 1), on_plan=server.take_plan)
+        self._connect(LOCAL, ours, on_plan=server.take_plan)
         return executor
 
     def _start_remote(self) -> None:
@@ -256,26 +258,31 @@ class ExecutorFleet:
             error = CapacityError if reply.kind == CapacityError.__name__ else EngineDead
             raise error(f"{name}: {reply.message}")
         link = listener.accept({secret: (name, digest)}, deadline)
-        self._connect(executor, link, share)
+        self._connect(executor, link)
 
     def _connect(
-        self,
-        executor: int,
-        link: NativeLink,
-        share: Share,
-        on_plan: Callable[[], None] | None = None,
+        self, executor: int, link: NativeLink, on_plan: Callable[[], None] | None = None
     ) -> None:
+        config, model, deployment = self._config, self._model, self._deployment
         self.ends.append(
             ExecutorEnd(
                 executor,
                 link,
-                self._model.attention_specs,
-                share,
-                dtype=self._model.dtype,
-                max_rows=self._config.max_num_batched_tokens,
-                max_spans=self._config.max_num_seqs,
-                on_plan=on_plan,
+                model.attention_specs,
+                dtype=model.dtype,
+                max_rows=config.max_num_batched_tokens,
+                page_units=deployment.page_units[executor],
+                num_micro_batches=deployment.max_depth,
             )
+        )
+        mailboxes = step_mailboxes(
+            model.attention_specs,
+            model.dtype.itemsize,
+            config.max_num_batched_tokens,
+            deployment.max_depth,
+        )
+        self.plan_ends.append(
+            PlanEnd(executor, link, mailboxes, max_spans=config.max_num_seqs, on_plan=on_plan)
         )
         with self._lock:
             self._links[executor] = link

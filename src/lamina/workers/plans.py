@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +15,6 @@ from lamina.types import ExecutorPlan
 
 _encode_plan = msgspec.msgpack.Encoder().encode
 
-_MAX_DUE = 4
-"""Steps of one micro-batch whose reports may still come: more than a mailbox holds."""
-
 
 class Report(NamedTuple):
     """When an executor served the layers of a step."""
@@ -31,7 +27,11 @@ class Report(NamedTuple):
 
 
 class PlanEnd:
-    """Posts an executor its parts of the steps' plans and takes its reports."""
+    """Posts an executor its parts of the steps' plans and takes its reports.
+
+    A step's report is taken before the next plan of its micro-batch is posted at the latest, so
+    that the mailbox never fills.
+    """
 
     def __init__(
         self,
@@ -53,14 +53,21 @@ class PlanEnd:
         self.num_plans = 0
         """Plans posted so far."""
         self._plans = link.outbox(PLAN_MAILBOX, plan_mailbox_bytes(max_spans))
-        self._reports = [link.inbox(boxes.report, boxes.report_bytes) for boxes in mailboxes]
-        self._due: list[deque[int]] = [deque(maxlen=_MAX_DUE) for _ in mailboxes]
+        self._inboxes = [link.inbox(boxes.report, boxes.report_bytes) for boxes in mailboxes]
+        self._due: dict[int, int] = {}  # step, by micro-batch
+        self._taken: list[Report] = []
         self._on_plan = on_plan
 
     def post(self, part: ExecutorPlan, deadline: float) -> None:
-        """Send the executor its part of a step's plan, ahead of layer 0."""
+        """Send the executor its part of a step's plan, ahead of layer 0.
+
+        Blocks until the executor is done with the micro-batch's step before. That is only where it
+        had rows to store and none to attend to; everything else was waited for.
+        """
+        if part.micro_batch in self._due:
+            self._take(part.micro_batch, deadline)
         if part.spans:
-            self._due[part.micro_batch].append(part.step)
+            self._due[part.micro_batch] = part.step
         self.num_plans += 1
         payload = torch.frombuffer(bytearray(_encode_plan(part)), dtype=torch.uint8)
         self._plans.post(self.num_plans, payload, deadline=deadline)
@@ -68,14 +75,15 @@ class PlanEnd:
             self._on_plan()
 
     def take_reports(self) -> list[Report]:
-        """The reports that have come since. Never blocks; an executor leaves out a report when the
-        mailbox is full."""
-        reports = []
-        for inbox, due in zip(self._reports, self._due, strict=True):
-            while (step := next((s for s in due if inbox.native.holds(s)), None)) is not None:
-                while due.popleft() != step:
-                    pass
-                payload = inbox.wait(step, 0.0).numpy()
-                times = payload.view(np.float64).reshape(-1, 4).copy()
-                reports.append(Report(self.executor, step, times))
+        """The reports that have come since. Never blocks."""
+        for micro_batch, step in list(self._due.items()):
+            if self._inboxes[micro_batch].native.holds(step):
+                self._take(micro_batch, 0.0)
+        reports, self._taken = self._taken, []
         return reports
+
+    def _take(self, micro_batch: int, deadline: float) -> None:
+        step = self._due.pop(micro_batch)
+        payload = self._inboxes[micro_batch].wait(step, deadline).numpy()
+        times = payload.view(np.float64).reshape(-1, 4).copy()
+        self._taken.append(Report(self.executor, step, times))
