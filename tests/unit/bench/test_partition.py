@@ -63,7 +63,7 @@ def test_settling_is_relative() -> None:
     def weights(*firsts: float) -> list[WorkerWeights]:
         return [WorkerWeights(10 * i, [first, 1 - first]) for i, first in enumerate(firsts)]
 
-    assert settled_after(weights(0.5, 0.9, 0.91, 0.9)) == 10
+    assert settled_after(weights(0.5, 0.9, 0.905, 0.9)) == 10
     # A small share that moves by a tenth of itself has not settled.
     assert settled_after(weights(0.5, 0.9, 0.92, 0.9)) == 30
 
