@@ -72,65 +72,59 @@ PagedAttention::PagedAttention(std::vector<LayerSpec> layers, Dtype dtype, Cache
   }
 }
 
-std::shared_ptr<StepSchedule> PagedAttention::begin(const StepSpans& spans) {
-  return std::make_shared<StepSchedule>(spans, kinds_, pool_->num_threads(), buffers_);
+std::shared_ptr<StepSchedule> PagedAttention::begin(const StepLanes& lanes) {
+  return std::make_shared<StepSchedule>(lanes, kinds_, pool_->num_threads(), buffers_);
 }
 
-size_t PagedAttention::q_row_bytes(int layer) const {
+size_t PagedAttention::q_bytes(const StepSchedule& step, int layer) const {
   const LayerSpec& spec = layer_at(layer).spec;
-  return elements(spec.query_heads, spec.head_dim_k) * item_bytes(dtype_);
+  return static_cast<size_t>(step.num_attending_rows()) *
+         elements(spec.query_heads, spec.head_dim_k) * item_bytes(dtype_);
 }
-size_t PagedAttention::k_row_bytes(int layer) const {
+size_t PagedAttention::k_bytes(const StepSchedule& step, int layer) const {
   const LayerSpec& spec = layer_at(layer).spec;
-  return elements(spec.kv_heads, spec.head_dim_k) * item_bytes(dtype_);
+  return static_cast<size_t>(step.num_stored_rows()) * elements(spec.kv_heads, spec.head_dim_k) *
+         item_bytes(dtype_);
 }
-size_t PagedAttention::v_row_bytes(int layer) const {
+size_t PagedAttention::v_bytes(const StepSchedule& step, int layer) const {
   const LayerSpec& spec = layer_at(layer).spec;
-  return elements(spec.kv_heads, spec.head_dim_v) * item_bytes(dtype_);
+  return static_cast<size_t>(step.num_stored_rows()) * elements(spec.kv_heads, spec.head_dim_v) *
+         item_bytes(dtype_);
 }
-size_t PagedAttention::out_row_bytes(int layer) const {
+size_t PagedAttention::out_bytes(const StepSchedule& step, int layer) const {
   const LayerSpec& spec = layer_at(layer).spec;
-  return elements(spec.query_heads, spec.head_dim_v) * item_bytes(dtype_);
+  const auto rows = static_cast<size_t>(step.num_attending_rows());
+  const size_t outputs = rows * elements(spec.query_heads, spec.head_dim_v);
+  if (!step.is_partial()) return outputs * item_bytes(dtype_);
+  return (outputs + rows * static_cast<size_t>(spec.query_heads)) * sizeof(float);
 }
 
 LayerPages PagedAttention::pages_of(const Layer& layer, const int32_t* pages) const {
   return {&layer.layout, memory_.data() + layer.offset, page_stride_, pages};
 }
 
-/// For the queries of `head` from row `row` of q [A, Hq, Dk] on; range and state are still to be set.
-AttendArgs PagedAttention::attend_args(const Layer& layer, int head, const int32_t* pages,
-                                       const std::byte* q, int64_t row, int num_rows,
+/// For the queries of `head` in the rows of `tile`; range and state are still to be set.
+AttendArgs PagedAttention::attend_args(const StepSchedule& step, const Layer& layer,
+                                       const StepSchedule::Tile& tile, int head,
                                        int thread) const {
+  const StepSchedule::Lane& lane = step.lane(tile.lane);
   const size_t item = item_bytes(dtype_);
   AttendArgs args;
-  args.pages = pages_of(layer, pages);
+  args.pages = pages_of(layer, lane.pages);
   args.dtype = dtype_;
   args.q_row_bytes = elements(layer.spec.query_heads, layer.spec.head_dim_k) * item;
-  args.q = q + static_cast<size_t>(row) * args.q_row_bytes +
+  args.q = step.q + static_cast<size_t>(lane.first_attending_row + tile.first_row) * args.q_row_bytes +
            elements(head * layer.group, layer.spec.head_dim_k) * item;
   args.q_head_bytes = elements(layer.group, layer.spec.head_dim_k) * item;
-  args.num_rows = num_rows;
+  args.num_rows = tile.num_rows;
   args.group = layer.group;
   args.first_head = head;
   args.num_heads = 1;
+  args.first_position = lane.first_position + tile.first_row;
   args.window = layer.spec.window;
   args.scale2 = layer.scale2;
   args.cap2 = layer.cap2;
   args.scratch = scratch_[static_cast<size_t>(thread)];
-  return args;
-}
-
-/// State and destination are still to be set.
-WriteArgs PagedAttention::write_args(const Layer& layer, int head, int num_rows) const {
-  WriteArgs args;
-  args.num_rows = num_rows;
-  args.group = layer.group;
-  args.dv = layer.spec.head_dim_v;
-  args.dv_padded = layer.layout.dv_padded;
-  args.sinks = layer.spec.sinks.empty() ? nullptr : layer.spec.sinks.data() + head * layer.group;
-  args.dtype = dtype_;
-  args.lse = nullptr;
-  args.lse_row_stride = 0;
   return args;
 }
 
@@ -168,13 +162,9 @@ void PagedAttention::run_task(StepSchedule& step, const Layer& layer, size_t ind
   const StepSchedule::Work& work = step.work(layer.kind);
   const StepSchedule::Task& task = work.tasks[index];
   const StepSchedule::Tile& tile = work.tiles[static_cast<size_t>(task.tile)];
-  const StepSchedule::Span& span = step.span(tile.span);
-  AttendArgs args =
-      attend_args(layer, tile.head, span.pages, step.q, span.first_attending_row + tile.first_row,
-                  tile.num_rows, thread);
+  AttendArgs args = attend_args(step, layer, tile, tile.head, thread);
   args.begin = task.begin;
   args.end = task.end;
-  args.first_position = span.context_tokens + tile.first_row;
   args.num_heads = tile.num_heads;
   const int lines = tile.num_rows * layer.group;
   const size_t state_floats = State::num_floats(lines, layer.layout.dv_padded);
@@ -186,31 +176,13 @@ void PagedAttention::run_task(StepSchedule& step, const Layer& layer, size_t ind
   kernels_.attend(args);
 }
 
-void PagedAttention::store(const StepSchedule& step, const Layer& layer, int span_index, int head,
-                           const std::byte* k, const std::byte* v) const {
-  const StepSchedule::Span& span = step.span(span_index);
-  const size_t item = item_bytes(dtype_);
-  const auto first = static_cast<size_t>(span.first_row);
-  AppendArgs args;
-  args.pages = pages_of(layer, span.pages);
-  args.head = head;
-  args.first_token = span.context_tokens;
-  args.num_tokens = span.num_rows;
-  args.dtype = dtype_;
-  args.k_row_bytes = elements(layer.spec.kv_heads, layer.spec.head_dim_k) * item;
-  args.v_row_bytes = elements(layer.spec.kv_heads, layer.spec.head_dim_v) * item;
-  args.k = k + first * args.k_row_bytes + elements(head, layer.spec.head_dim_k) * item;
-  args.v = v + first * args.v_row_bytes + elements(head, layer.spec.head_dim_v) * item;
-  append_(args);
-}
-
 void PagedAttention::finish(StepSchedule& step, int layer_index, const std::byte* k,
                             const std::byte* v, std::byte* out) {
   const Layer& layer = layer_at(layer_index);
   const StepSchedule::Work& work = step.work(layer.kind);
   assert(work.tiles.empty() || step.layer == layer_index);
   run_pieces(step, work.store_pieces, [&](size_t index, int) {
-    store(step, layer, work.stores[index].span, work.stores[index].head, k, v);
+    store(step, layer, work.stores[index].lane, work.stores[index].head, k, v);
   });
   run_pieces(step, work.tile_pieces, [&](size_t index, int thread) {
     const StepSchedule::Tile& tile = work.tiles[index];
@@ -219,80 +191,93 @@ void PagedAttention::finish(StepSchedule& step, int layer_index, const std::byte
     }
   });
   step.layer = -1;
+  step.is_over = layer_index + 1 == num_layers();
 }
 
 void PagedAttention::finish_head(StepSchedule& step, const Layer& layer,
                                  const StepSchedule::Tile& tile, int head_of_tile,
                                  const std::byte* k, const std::byte* v, std::byte* out,
                                  int thread) {
-  const StepSchedule::Span& span = step.span(tile.span);
+  const StepSchedule::Lane& lane = step.lane(tile.lane);
   const int head = tile.head + head_of_tile;
-  if (span.num_rows == 1) store(step, layer, tile.span, head, k, v);
+  if (lane.is_stored_late()) store(step, layer, tile.lane, head, k, v);
   const int lines = tile.num_rows * layer.group;
   const int dv_padded = layer.layout.dv_padded;
-  const int64_t row = span.first_attending_row + tile.first_row;
-  AttendArgs args = attend_args(layer, head, span.pages, step.q, row, tile.num_rows, thread);
-  args.begin = span.context_tokens;
-  args.end = span.context_tokens + tile.first_row + tile.num_rows;
-  args.first_position = span.context_tokens + tile.first_row;
+  State state;
   if (tile.num_partials == 0) {
-    args.state = State::at(args.scratch.state, lines, dv_padded);
-    clear_state(args.state, lines, dv_padded);
+    state = State::at(scratch_[static_cast<size_t>(thread)].state, lines, dv_padded);
+    clear_state(state, lines, dv_padded);
   } else {
     const size_t state_floats = State::num_floats(lines, dv_padded);
     float* partial =
         step.partials() + tile.partial + static_cast<size_t>(head_of_tile) * state_floats;
-    args.state = State::at(partial, lines, dv_padded);
+    state = State::at(partial, lines, dv_padded);
     for (int i = 1; i < tile.num_partials; ++i) {
       partial += static_cast<size_t>(tile.num_heads) * state_floats;
-      kernels_.merge(args.state, State::at(partial, lines, dv_padded), lines, dv_padded);
+      kernels_.merge(state, State::at(partial, lines, dv_padded), lines, dv_padded);
     }
   }
-  kernels_.attend(args);
-
-  WriteArgs to = write_args(layer, head, tile.num_rows);
-  const size_t item = item_bytes(dtype_);
-  to.state = args.state;
-  to.out_row_bytes = elements(layer.spec.query_heads, layer.spec.head_dim_v) * item;
-  to.out = out + static_cast<size_t>(row) * to.out_row_bytes +
-           elements(head * layer.group, layer.spec.head_dim_v) * item;
-  kernels_.write(to);
+  if (lane.num_stored != 0) attend_stored(step, layer, tile, head, state, thread);
+  write(step, layer, tile, head, state, out);
 }
 
-void PagedAttention::attend_share(int layer_index, std::span<const int32_t> pages, int64_t begin,
-                                  int64_t end, int64_t first_position, int num_rows,
-                                  const std::byte* q, float* out, float* lse) {
-  const Layer& layer = layer_at(layer_index);
-  const int tile_rows = std::max(1, kTileLines / layer.group);
-  const int num_tiles = (num_rows + tile_rows - 1) / tile_rows;
-  const int query_heads = layer.spec.query_heads;
-  pool_->run([&](int thread) {
-    const Part part = equal_part(int64_t{layer.spec.kv_heads} * num_tiles, thread,
-                                 pool_->num_threads());
-    for (int64_t i = part.begin; i < part.end; ++i) {
-      const int head = static_cast<int>(i / num_tiles);
-      const int first_row = static_cast<int>(i % num_tiles) * tile_rows;
-      const int rows = std::min(tile_rows, num_rows - first_row);
-      AttendArgs args = attend_args(layer, head, pages.data(), q, first_row, rows, thread);
-      args.begin = begin;
-      args.end = end;
-      args.first_position = first_position + first_row;
-      args.state = State::at(args.scratch.state, rows * layer.group, layer.layout.dv_padded);
-      clear_state(args.state, rows * layer.group, layer.layout.dv_padded);
-      if (begin < end) kernels_.attend(args);
+void PagedAttention::store(const StepSchedule& step, const Layer& layer, int lane_index, int head,
+                           const std::byte* k, const std::byte* v) const {
+  const StepSchedule::Lane& lane = step.lane(lane_index);
+  if (lane.is_revoked) return;
+  const size_t item = item_bytes(dtype_);
+  const auto first = static_cast<size_t>(lane.first_stored_row);
+  AppendArgs args;
+  args.pages = pages_of(layer, lane.pages);
+  args.head = head;
+  args.first_token = lane.context_tokens;
+  args.num_tokens = lane.num_stored;
+  args.dtype = dtype_;
+  args.k_row_bytes = elements(layer.spec.kv_heads, layer.spec.head_dim_k) * item;
+  args.v_row_bytes = elements(layer.spec.kv_heads, layer.spec.head_dim_v) * item;
+  args.k = k + first * args.k_row_bytes + elements(head, layer.spec.head_dim_k) * item;
+  args.v = v + first * args.v_row_bytes + elements(head, layer.spec.head_dim_v) * item;
+  append_(args);
+}
 
-      WriteArgs to = write_args(layer, head, rows);
-      to.state = args.state;
-      to.sinks = nullptr;
-      to.dtype = Dtype::float32;
-      to.out_row_bytes = elements(query_heads, layer.spec.head_dim_v) * sizeof(float);
-      to.out = reinterpret_cast<std::byte*>(out) + static_cast<size_t>(first_row) * to.out_row_bytes +
-               elements(head * layer.group, layer.spec.head_dim_v) * sizeof(float);
-      to.lse = lse + elements(first_row, query_heads) + head * layer.group;
-      to.lse_row_stride = static_cast<size_t>(query_heads);
-      kernels_.write(to);
-    }
-  });
+/// The rows attend to each other and to themselves.
+void PagedAttention::attend_stored(StepSchedule& step, const Layer& layer,
+                                   const StepSchedule::Tile& tile, int head, const State& state,
+                                   int thread) const {
+  const StepSchedule::Lane& lane = step.lane(tile.lane);
+  AttendArgs args = attend_args(step, layer, tile, head, thread);
+  args.begin = lane.context_tokens;
+  args.end = lane.context_tokens + tile.first_row + tile.num_rows;
+  args.state = state;
+  kernels_.attend(args);
+}
+
+void PagedAttention::write(const StepSchedule& step, const Layer& layer,
+                           const StepSchedule::Tile& tile, int head, const State& state,
+                           std::byte* out) const {
+  const StepSchedule::Lane& lane = step.lane(tile.lane);
+  const LayerSpec& spec = layer.spec;
+  const auto row = static_cast<size_t>(lane.first_attending_row + tile.first_row);
+  const int query_head = head * layer.group;
+  const auto query_heads = static_cast<size_t>(spec.query_heads);
+  const bool has_sinks = !spec.sinks.empty() && lane.num_stored != 0;
+  WriteArgs to;
+  to.state = state;
+  to.num_rows = tile.num_rows;
+  to.group = layer.group;
+  to.dv = spec.head_dim_v;
+  to.dv_padded = layer.layout.dv_padded;
+  to.sinks = has_sinks ? spec.sinks.data() + lane.heads * spec.query_heads + query_head : nullptr;
+  to.dtype = step.is_partial() ? Dtype::float32 : dtype_;
+  to.out_row_bytes = elements(spec.query_heads, spec.head_dim_v) * item_bytes(to.dtype);
+  to.out = out + row * to.out_row_bytes + elements(query_head, spec.head_dim_v) * item_bytes(to.dtype);
+  to.lse = nullptr;
+  to.lse_row_stride = query_heads;
+  if (step.is_partial()) {
+    const size_t outputs = static_cast<size_t>(step.num_attending_rows()) * to.out_row_bytes;
+    to.lse = reinterpret_cast<float*>(out + outputs) + row * query_heads + query_head;
+  }
+  kernels_.write(to);
 }
 
 }  // namespace lamina

@@ -12,16 +12,16 @@
 
 namespace lamina {
 
-/// One layer's attention, of the executor's own heads; `AttentionSpec` in Python.
+/// One layer's attention, of the heads of one lane; `AttentionSpec` in Python.
 struct LayerSpec {
   int query_heads, kv_heads, head_dim_k, head_dim_v;
   float scale;
   int64_t window;            // kNoWindow: none
   float softcap;             // 0: none
-  std::vector<float> sinks;  // per query head; empty: none
+  std::vector<float> sinks;  // per query head of all lanes' groups of heads; empty: none
 };
 
-/// Bytes of one page over all layers.
+/// Bytes of one page of a lane over all layers.
 size_t page_bytes(std::span<const LayerSpec> layers, CacheType type, int page_tokens);
 
 class PagedAttention final : public AttentionExecutor {
@@ -30,24 +30,18 @@ class PagedAttention final : public AttentionExecutor {
   PagedAttention(std::vector<LayerSpec> layers, Dtype dtype, CacheType type, int64_t num_pages,
                  int page_tokens, std::shared_ptr<ThreadPool> pool, Isa isa);
 
-  /// Decide the work of a step. The pages must hold context + new tokens of each span, and must not
-  /// be given to others before the step is over.
-  std::shared_ptr<StepSchedule> begin(const StepSpans& spans);
+  /// Decide the work of a step. The pages must hold context + stored tokens of each lane, and must
+  /// not be given to others before the step is over or the lane is revoked.
+  std::shared_ptr<StepSchedule> begin(const StepLanes& lanes);
 
   int num_layers() const override { return static_cast<int>(layers_.size()); }
-  size_t q_row_bytes(int layer) const override;
-  size_t k_row_bytes(int layer) const override;
-  size_t v_row_bytes(int layer) const override;
-  size_t out_row_bytes(int layer) const override;
+  size_t q_bytes(const StepSchedule& step, int layer) const override;
+  size_t k_bytes(const StepSchedule& step, int layer) const override;
+  size_t v_bytes(const StepSchedule& step, int layer) const override;
+  size_t out_bytes(const StepSchedule& step, int layer) const override;
   void attend_cached(StepSchedule& step, int layer, const std::byte* q) override;
   void finish(StepSchedule& step, int layer, const std::byte* k, const std::byte* v,
               std::byte* out) override;
-
-  /// Attend over stored tokens [begin, end) of one sequence only, without sinks. Rows are at
-  /// `first_position`, `first_position` + 1, ... Writes out [R, Hq, Dv] and lse [R, Hq], float32.
-  void attend_share(int layer, std::span<const int32_t> pages, int64_t begin, int64_t end,
-                    int64_t first_position, int num_rows, const std::byte* q, float* out,
-                    float* lse);
 
  private:
   struct Layer {
@@ -61,12 +55,15 @@ class PagedAttention final : public AttentionExecutor {
 
   const Layer& layer_at(int layer) const { return layers_[static_cast<size_t>(layer)]; }
   LayerPages pages_of(const Layer& layer, const int32_t* pages) const;
-  AttendArgs attend_args(const Layer& layer, int head, const int32_t* pages, const std::byte* q,
-                         int64_t row, int num_rows, int thread) const;
-  WriteArgs write_args(const Layer& layer, int head, int num_rows) const;
+  AttendArgs attend_args(const StepSchedule& step, const Layer& layer,
+                         const StepSchedule::Tile& tile, int head, int thread) const;
   void run_task(StepSchedule& step, const Layer& layer, size_t index, int thread);
-  void store(const StepSchedule& step, const Layer& layer, int span, int head, const std::byte* k,
+  void store(const StepSchedule& step, const Layer& layer, int lane, int head, const std::byte* k,
              const std::byte* v) const;
+  void attend_stored(StepSchedule& step, const Layer& layer, const StepSchedule::Tile& tile,
+                     int head, const State& state, int thread) const;
+  void write(const StepSchedule& step, const Layer& layer, const StepSchedule::Tile& tile, int head,
+             const State& state, std::byte* out) const;
   void finish_head(StepSchedule& step, const Layer& layer, const StepSchedule::Tile& tile,
                    int head_of_tile, const std::byte* k, const std::byte* v, std::byte* out,
                    int thread);

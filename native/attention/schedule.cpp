@@ -47,11 +47,12 @@ class Pieces {
 };
 
 /// What finishing a tile costs: its new tokens, and as much again for storing and writing.
-int64_t finish_cost(const StepSchedule::Tile& tile, int group) {
+int64_t finish_cost(const StepSchedule::Lane& lane, const StepSchedule::Tile& tile, int group) {
   const int lines = tile.num_rows * group;
+  const int64_t writing = 4 * int64_t{kLanes} * lines;
+  if (lane.num_stored == 0) return tile.num_heads * writing;
   const int64_t seen = tile.first_row + tile.num_rows;
-  return tile.num_heads *
-         (token_cost(lines) * std::max<int64_t>(seen, kLanes) + 4 * int64_t{kLanes} * lines);
+  return tile.num_heads * (token_cost(lines) * std::max<int64_t>(seen, kLanes) + writing);
 }
 
 }  // namespace
@@ -85,17 +86,20 @@ void BufferPool::give_back(Buffer buffer) {
   spare_.push_back(std::move(buffer));
 }
 
-StepSchedule::StepSchedule(const StepSpans& spans, std::span<const LayerKind> kinds,
+StepSchedule::StepSchedule(const StepLanes& lanes, std::span<const LayerKind> kinds,
                            int num_threads, std::shared_ptr<BufferPool> buffers)
-    : pages_(spans.pages.begin(), spans.pages.end()), buffers_(std::move(buffers)) {
+    : pages_(lanes.pages.begin(), lanes.pages.end()),
+      is_partial_(lanes.is_partial),
+      buffers_(std::move(buffers)) {
   const int32_t* pages = pages_.data();
-  for (size_t i = 0; i < spans.num_rows.size(); ++i) {
-    const bool attends = spans.attends[i] != 0;
-    spans_.push_back({spans.num_rows[i], spans.context_tokens[i], attends, num_rows_,
+  lanes_.reserve(lanes.num_pages.size());
+  for (size_t i = 0; i < lanes.num_pages.size(); ++i) {
+    lanes_.push_back({lanes.num_attending[i], lanes.num_stored[i], lanes.context_tokens[i],
+                      lanes.first_position[i], lanes.heads[i], false, num_stored_rows_,
                       num_attending_rows_, pages});
-    pages += spans.num_pages[i];
-    num_rows_ += spans.num_rows[i];
-    if (attends) num_attending_rows_ += spans.num_rows[i];
+    pages += lanes.num_pages[i];
+    num_stored_rows_ += lanes.num_stored[i];
+    num_attending_rows_ += lanes.num_attending[i];
   }
   size_t num_floats = 0;
   for (const LayerKind& kind : kinds) {
@@ -109,26 +113,24 @@ StepSchedule::~StepSchedule() { buffers_->give_back(std::move(partials_)); }
 size_t StepSchedule::plan_kind(const LayerKind& kind, int num_threads, Work& work) const {
   const int tile_rows = std::max(1, kTileLines / kind.group);
   int64_t store_cost = 0, tile_cost = 0, task_cost = 0;
-  const auto cached_begin = [&](const Span& span, const Tile& tile) {
-    return std::max<int64_t>(0, span.context_tokens + tile.first_row - kind.window + 1);
+  const auto cached_begin = [&](const Lane& lane, const Tile& tile) {
+    return std::max<int64_t>(0, lane.first_position + tile.first_row - kind.window + 1);
   };
-  for (int s = 0; s < static_cast<int>(spans_.size()); ++s) {
-    const Span& span = spans_[static_cast<size_t>(s)];
-    if (span.num_rows == 0) continue;
-    const int heads_together = span.num_rows == 1 ? kind.kv_heads : 1;
+  for (int l = 0; l < static_cast<int>(lanes_.size()); ++l) {
+    const Lane& lane = lanes_[static_cast<size_t>(l)];
+    const int heads_together = lane.num_attending == 1 ? kind.kv_heads : 1;
     for (int head = 0; head < kind.kv_heads; ++head) {
-      // A single row that attends is stored by whoever finishes it.
-      if (!span.attends || span.num_rows > 1) {
-        work.stores.push_back({s, head});
-        store_cost += int64_t{kLanes} * span.num_rows;
+      if (lane.num_stored != 0 && !lane.is_stored_late()) {
+        work.stores.push_back({l, head});
+        store_cost += int64_t{kLanes} * lane.num_stored;
       }
-      if (!span.attends || head % heads_together != 0) continue;
-      for (int row = 0; row < span.num_rows; row += tile_rows) {
-        const Tile tile{s,   head, heads_together, row, std::min(tile_rows, span.num_rows - row),
+      if (head % heads_together != 0) continue;
+      for (int row = 0; row < lane.num_attending; row += tile_rows) {
+        const Tile tile{l,   head, heads_together, row, std::min(tile_rows, lane.num_attending - row),
                         0,   0};
         work.tiles.push_back(tile);
-        tile_cost += finish_cost(tile, kind.group);
-        const int64_t tokens = std::max<int64_t>(0, span.context_tokens - cached_begin(span, tile));
+        tile_cost += finish_cost(lane, tile, kind.group);
+        const int64_t tokens = std::max<int64_t>(0, lane.context_tokens - cached_begin(lane, tile));
         task_cost += tokens * heads_together * token_cost(tile.num_rows * kind.group);
       }
     }
@@ -136,8 +138,9 @@ size_t StepSchedule::plan_kind(const LayerKind& kind, int num_threads, Work& wor
 
   Pieces store_pieces(store_cost, num_threads);
   for (size_t i = 0; i < work.stores.size(); ++i) {
-    const Span& span = spans_[static_cast<size_t>(work.stores[i].span)];
-    store_pieces.add(int64_t{kLanes} * span.num_rows, static_cast<int>(i) + 1, work.store_pieces);
+    const Lane& lane = lanes_[static_cast<size_t>(work.stores[i].lane)];
+    store_pieces.add(int64_t{kLanes} * lane.num_stored, static_cast<int>(i) + 1,
+                     work.store_pieces);
   }
   store_pieces.close(static_cast<int>(work.stores.size()), work.store_pieces);
 
@@ -146,36 +149,38 @@ size_t StepSchedule::plan_kind(const LayerKind& kind, int num_threads, Work& wor
   size_t used = 0;
   for (size_t i = 0; i < work.tiles.size(); ++i) {
     Tile& tile = work.tiles[i];
-    const Span& span = spans_[static_cast<size_t>(tile.span)];
+    const Lane& lane = lanes_[static_cast<size_t>(tile.lane)];
     const int lines = tile.num_rows * kind.group;
     const size_t num_floats = static_cast<size_t>(tile.num_heads) *
                               State::num_floats(lines, kind.dv_padded);
     const int64_t cost_per_token = tile.num_heads * token_cost(lines);
     tile.partial = used;
-    int64_t begin = cached_begin(span, tile);
-    while (begin < span.context_tokens) {
-      int64_t end = span.context_tokens;
+    int64_t begin = cached_begin(lane, tile);
+    while (begin < lane.context_tokens) {
+      int64_t end = lane.context_tokens;
       const int64_t room = task_pieces.left() / cost_per_token;
       const int64_t cut = (begin + room) / kBlockTokens * kBlockTokens;
       if (cut - begin >= kLeastTaskTokens && end - cut >= kLeastTaskTokens) end = cut;
       work.tasks.push_back({static_cast<int>(i), begin, end, used});
       const int64_t cost = (end - begin) * cost_per_token;
       // What is left is too little for a part of its own: close the piece all the same.
-      const bool is_full = end < span.context_tokens;
+      const bool is_full = end < lane.context_tokens;
       task_pieces.add(cost, static_cast<int>(work.tasks.size()), work.task_pieces);
       if (is_full) task_pieces.close(static_cast<int>(work.tasks.size()), work.task_pieces);
       used += num_floats;
       ++tile.num_partials;
       begin = end;
     }
-    tile_pieces.add(finish_cost(tile, kind.group), static_cast<int>(i) + 1, work.tile_pieces);
+    tile_pieces.add(finish_cost(lane, tile, kind.group), static_cast<int>(i) + 1,
+                    work.tile_pieces);
   }
   task_pieces.close(static_cast<int>(work.tasks.size()), work.task_pieces);
   tile_pieces.close(static_cast<int>(work.tiles.size()), work.tile_pieces);
   return used;
 }
 
-int64_t num_rows(const StepSchedule& step) { return step.num_rows(); }
+int64_t num_stored_rows(const StepSchedule& step) { return step.num_stored_rows(); }
 int64_t num_attending_rows(const StepSchedule& step) { return step.num_attending_rows(); }
+void end_step(StepSchedule& step) { step.is_over = true; }
 
 }  // namespace lamina

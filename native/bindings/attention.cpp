@@ -97,8 +97,11 @@ void bind_attention(nb::module_& module) {
       .def("read", &MemoryReader::read, ReleaseGil());
 
   nb::class_<StepSchedule>(module, "StepSchedule")
-      .def_prop_ro("num_rows", &StepSchedule::num_rows)
-      .def_prop_ro("num_attending_rows", &StepSchedule::num_attending_rows);
+      .def_prop_ro("num_stored_rows", &StepSchedule::num_stored_rows)
+      .def_prop_ro("num_attending_rows", &StepSchedule::num_attending_rows)
+      .def_prop_ro("is_partial", &StepSchedule::is_partial)
+      .def_ro("is_over", &StepSchedule::is_over)
+      .def("revoke", &StepSchedule::revoke, nb::arg("lane"));
 
   nb::class_<AttentionExecutor>(module, "AttentionExecutor")
       .def_prop_ro("num_layers", &AttentionExecutor::num_layers)
@@ -132,26 +135,17 @@ void bind_attention(nb::module_& module) {
           nb::arg("page_tokens"), nb::arg("pool"), nb::arg("isa") = "")
       .def(
           "begin",
-          [](PagedAttention& self, const Array<int32_t>& num_rows,
-             const Array<int64_t>& context_tokens, const Array<int32_t>& attends,
-             const Array<int32_t>& num_pages, const Array<int32_t>& pages) {
-            return self.begin({span_of(num_rows), span_of(context_tokens), span_of(attends),
-                               span_of(num_pages), span_of(pages)});
+          [](PagedAttention& self, const Array<int32_t>& num_attending,
+             const Array<int32_t>& num_stored, const Array<int64_t>& context_tokens,
+             const Array<int64_t>& first_position, const Array<int32_t>& heads,
+             const Array<int32_t>& num_pages, const Array<int32_t>& pages, bool is_partial) {
+            return self.begin({span_of(num_attending), span_of(num_stored),
+                               span_of(context_tokens), span_of(first_position), span_of(heads),
+                               span_of(num_pages), span_of(pages), is_partial});
           },
-          nb::arg("num_rows"), nb::arg("context_tokens"), nb::arg("attends"),
-          nb::arg("num_pages"), nb::arg("pages"))
-      .def(
-          "attend_share",
-          [](PagedAttention& self, int layer, const Array<int32_t>& pages, int64_t begin,
-             int64_t end, int64_t first_position, int num_rows, uintptr_t q, uintptr_t out,
-             uintptr_t lse) {
-            const nb::gil_scoped_release release;
-            self.attend_share(layer, span_of(pages), begin, end, first_position, num_rows,
-                              at<const std::byte>(q), at<float>(out), at<float>(lse));
-          },
-          nb::arg("layer"), nb::arg("pages"), nb::arg("begin"), nb::arg("end"),
-          nb::arg("first_position"), nb::arg("num_rows"), nb::arg("q"), nb::arg("out"),
-          nb::arg("lse"));
+          nb::arg("num_attending"), nb::arg("num_stored"), nb::arg("context_tokens"),
+          nb::arg("first_position"), nb::arg("heads"), nb::arg("num_pages"), nb::arg("pages"),
+          nb::arg("is_partial"));
 }
 
 }  // namespace lamina

@@ -9,7 +9,7 @@ void bind_core(nanobind::module_& module);
 void bind_attention(nanobind::module_& module);
 void bind_transport(nanobind::module_& module);
 void bind_executor_end(nanobind::module_& module);
-void bind_worker(nanobind::module_& module);
+void bind_layer_loop(nanobind::module_& module);
 void bind_dense(nanobind::module_& module);
 
 }  // namespace lamina

@@ -8,6 +8,6 @@ NB_MODULE(_native, module) {
   lamina::bind_transport(module);
   lamina::bind_attention(module);
   lamina::bind_executor_end(module);
-  lamina::bind_worker(module);
+  lamina::bind_layer_loop(module);
   lamina::bind_dense(module);
 }

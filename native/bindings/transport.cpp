@@ -16,6 +16,7 @@
 #include "transport/inproc.h"
 #include "transport/shm.h"
 #include "transport/tcp.h"
+#include "transport/wait_any.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -69,11 +70,11 @@ std::pair<int, size_t> wait(SlotInbox& inbox, uint64_t seq, double deadline,
   return {payload.data() == inbox.memory().slot(0) ? 0 : 1, payload.size()};
 }
 
-size_t wait_any(Link& link, const std::vector<std::pair<SlotInbox*, uint64_t>>& awaited,
-                double deadline) {
+size_t wait_for_any(const std::vector<std::pair<SlotInbox*, uint64_t>>& awaited,
+                    double deadline) {
   std::vector<Awaited> all;
   for (const auto& [inbox, seq] : awaited) all.push_back({inbox, seq});
-  return interruptible(deadline, [&](double until) { return link.wait_any(all, until); });
+  return interruptible(deadline, [&](double until) { return wait_any(all, until); });
 }
 
 /// The memory of a slot as a torch tensor that keeps it alive, but not its link.
@@ -163,6 +164,7 @@ void bind_transport(nb::module_& module) {
   // Mailboxes belong to their link: Python objects of them must not outlive it (native.py).
   nb::class_<Outbox>(module, "Outbox")
       .def_prop_ro("capacity_bytes", &Outbox::capacity_bytes)
+      .def("has_room", &Outbox::has_room)
       .def("post", &post);
   nb::class_<SlotInbox>(module, "Inbox")
       .def_prop_ro("capacity_bytes", &SlotInbox::capacity_bytes)
@@ -178,9 +180,9 @@ void bind_transport(nb::module_& module) {
             return dynamic_cast<SlotInbox&>(link.inbox(mailbox, capacity_bytes));
           },
           "mailbox"_a, "capacity_bytes"_a, nb::rv_policy::reference)
-      .def("wait_any", &wait_any, "awaited"_a, "deadline"_a)
       .def("fail", &Link::fail, "reason"_a)
       .def("close", &Link::close, nb::call_guard<nb::gil_scoped_release>());
+  module.def("wait_any", &wait_for_any, "awaited"_a, "deadline"_a);
   nb::class_<InprocLink, Link>(module, "InprocLink", nb::type_slots(inproc_slots));
   nb::class_<ShmLink, Link>(module, "ShmLink")
       .def(nb::init<int, std::string, double>(), "fd"_a, "peer"_a, "yield_s"_a);

@@ -33,6 +33,7 @@ class FaultyOutbox : public Outbox {
         memory_(Memory::make_private(outbox.capacity_bytes() + kSlotAlignment)) {}
 
   size_t capacity_bytes() const override { return outbox_.capacity_bytes(); }
+  bool has_room() override { return outbox_.has_room(); }
 
   std::byte* reserve(uint64_t seq, size_t num_bytes, double deadline) override {
     fault_ = link_.due(mailbox_);

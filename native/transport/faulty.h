@@ -37,9 +37,6 @@ class FaultyLink : public Link {
   Inbox& inbox(uint16_t mailbox, size_t capacity_bytes) override {
     return link_->inbox(mailbox, capacity_bytes);
   }
-  size_t wait_any(std::span<const Awaited> awaited, double deadline) override {
-    return link_->wait_any(awaited, deadline);
-  }
   void fail(const std::string& reason) override { link_->fail(reason); }
   void close() override { link_->close(); }
 

@@ -12,7 +12,8 @@ namespace lamina {
 
 /// What both ends of a link in one process see.
 struct InprocMemory {
-  Bell bells[2] = {};
+  Doorbell doorbells[2] = {};
+  EndState states[2] = {};
   std::mutex mutex;
   std::map<uint16_t, SlotMemory> inboxes[2];
 };
@@ -30,8 +31,10 @@ class InprocLink : public SlotLink {
  protected:
   SlotMemory publish(uint16_t mailbox, size_t capacity_bytes) override;
   bool find(uint16_t mailbox, SlotMemory& memory) override;
-  Bell* other_bell() override { return &memory_->bells[1 - side_]; }
-  Bell& own_bell() override { return memory_->bells[side_]; }
+  Doorbell* other_doorbell() override { return &memory_->doorbells[1 - side_]; }
+  EndState* other_state() override { return &memory_->states[1 - side_]; }
+  Doorbell& own_doorbell() override { return memory_->doorbells[side_]; }
+  EndState& own_state() override { return memory_->states[side_]; }
   bool is_pumped() const override { return is_pumped_; }
 
  private:

@@ -1,5 +1,6 @@
 // The mailbox contract in C++. `src/lamina/transport/mailbox.py` states it in full; here is what the
-// native side adds: messages are written in place, and one wait can watch several mailboxes.
+// native side adds: messages are written in place. A wait for mailboxes of several links is in
+// wait_any.h.
 //
 // Threads: one thread posts and waits on a link; `fail` and `close` may be called from any thread
 // and wake it. Deadlines are values of `monotonic_s()`.
@@ -32,6 +33,9 @@ class Outbox {
   virtual ~Outbox() = default;
   virtual size_t capacity_bytes() const = 0;
 
+  /// Whether a message can be posted now without waiting for the receiver. Never blocks.
+  virtual bool has_room() = 0;
+
   /// Where the payload of message `seq` goes, aligned to 64 bytes. Blocks while both slots are taken.
   /// The caller writes `num_bytes` bytes and calls `commit`; nothing else happens on the link between.
   virtual std::byte* reserve(uint64_t seq, size_t num_bytes, double deadline) = 0;
@@ -39,6 +43,8 @@ class Outbox {
   /// Send the reserved message.
   virtual void commit(double deadline) = 0;
 };
+
+class Source;
 
 class Inbox {
  public:
@@ -51,6 +57,13 @@ class Inbox {
 
   /// Whether message `seq` is here, before any other that was not discarded. Never blocks.
   virtual bool holds(uint64_t seq) = 0;
+
+  /// Whether `wait(seq)` would return or fail at once because of what was received. Discards
+  /// messages with smaller numbers, which ends no view. Never blocks.
+  virtual bool is_due(uint64_t seq) = 0;
+
+  /// The connection that the messages come from.
+  virtual Source& source() = 0;
 };
 
 /// A message that somebody waits for.
@@ -67,12 +80,6 @@ class Link {
   /// Owned by the link; valid until it is destroyed (after `close` their calls fail).
   virtual Outbox& outbox(uint16_t mailbox, size_t capacity_bytes) = 0;
   virtual Inbox& inbox(uint16_t mailbox, size_t capacity_bytes) = 0;
-
-  /// Block until `wait` on one of these inboxes of this link would return or fail at once, without
-  /// taking anything; the first such in the order given. Messages with smaller numbers than awaited
-  /// may be discarded, which ends no view. Several messages may lie unread meanwhile, at most two in
-  /// any mailbox.
-  virtual size_t wait_any(std::span<const Awaited> awaited, double deadline) = 0;
 
   virtual void fail(const std::string& reason) = 0;
   virtual void close() = 0;

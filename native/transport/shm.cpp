@@ -5,6 +5,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <mutex>
 
 namespace lamina {
 
@@ -12,7 +13,8 @@ namespace {
 
 using Kind = TransportFailure::Kind;
 
-/// What goes through the socket with each file descriptor; mailbox 0 is the sender's bell.
+/// What goes through the socket with each file descriptor; of mailbox 0 are the memory of the
+/// sender's doorbell and of its state, by capacity.
 struct Announcement {
   char magic[4];
   uint16_t version;
@@ -22,16 +24,33 @@ struct Announcement {
 static_assert(sizeof(Announcement) == 16);
 
 constexpr char kMagic[4] = {'L', 'M', 'N', 'S'};
-constexpr uint16_t kVersion = 1;
+constexpr uint16_t kVersion = 2;
+constexpr uint64_t kDoorbell = 0, kState = 1;
+
+/// The doorbell of all links that this process makes; a forked child gets one of its own.
+std::shared_ptr<Memory> process_doorbell() {
+  static std::mutex mutex;
+  static std::shared_ptr<Memory> memory;
+  static pid_t owner = 0;
+  const std::lock_guard lock(mutex);
+  if (owner != getpid()) {
+    memory = Memory::make_shared(sizeof(Doorbell));
+    owner = getpid();
+  }
+  return memory;
+}
 
 }  // namespace
 
 ShmLink::ShmLink(int fd, std::string peer, double yield_s)
     : SlotLink(std::move(peer), /*is_shared=*/true, yield_s),
       fd_(fd),
-      own_(Memory::make_shared(sizeof(Bell))) {
-  if (!send(0, 0, own_->fd())) fail("closed the link or died");
-  own_->close_fd();
+      own_doorbell_(process_doorbell()),
+      own_state_(Memory::make_shared(sizeof(EndState))) {
+  if (!send(0, kDoorbell, own_doorbell_->fd()) || !send(0, kState, own_state_->fd())) {
+    fail("closed the link or died");
+  }
+  own_state_->close_fd();
 }
 
 ShmLink::~ShmLink() { close(); }
@@ -115,9 +134,14 @@ bool ShmLink::receive_one() {
                            "both sides",
                            peer());
   }
-  if (announcement.mailbox == 0) {
-    other_ = Memory::map_shared(fd, sizeof(Bell));
-    other_bell_.store(reinterpret_cast<Bell*>(other_->data()), std::memory_order_release);
+  if (announcement.mailbox == 0 && announcement.capacity_bytes == kDoorbell) {
+    other_doorbell_memory_ = Memory::map_shared(fd, sizeof(Doorbell));
+    other_doorbell_.store(reinterpret_cast<Doorbell*>(other_doorbell_memory_->data()),
+                          std::memory_order_release);
+  } else if (announcement.mailbox == 0) {
+    other_state_memory_ = Memory::map_shared(fd, sizeof(EndState));
+    other_state_.store(reinterpret_cast<EndState*>(other_state_memory_->data()),
+                       std::memory_order_release);
   } else {
     const size_t capacity_bytes = announcement.capacity_bytes;
     found_[announcement.mailbox] = {
@@ -153,14 +177,22 @@ bool ShmLink::find(uint16_t mailbox, SlotMemory& memory) {
   return true;
 }
 
-Bell* ShmLink::other_bell() {
-  Bell* bell = other_bell_.load(std::memory_order_acquire);
-  if (bell != nullptr || failure_.is_set()) return bell;
+/// What the other end announces first, as soon as it has come.
+template <typename T>
+T* ShmLink::awaited(const std::atomic<T*>& part) {
+  T* here = part.load(std::memory_order_acquire);
+  if (here != nullptr || failure_.is_set()) return here;
   receive_all();
-  return other_bell_.load(std::memory_order_acquire);
+  return part.load(std::memory_order_acquire);
 }
 
-bool ShmLink::is_peer_gone() {
+Doorbell* ShmLink::other_doorbell() { return awaited(other_doorbell_); }
+
+EndState* ShmLink::other_state() { return awaited(other_state_); }
+
+bool ShmLink::is_peer_gone(bool is_thorough) {
+  if (is_peer_closed()) return true;
+  if (!is_thorough) return false;
   receive_all();
   std::lock_guard lock(mutex_);
   return is_eof_;

@@ -3,6 +3,8 @@
 // The receiver of a mailbox makes its memory and passes it through the socket; the sender picks it
 // up when it first posts. After that the socket carries nothing: its end means that the other
 // process closed or died. A wait looks at it before it sleeps and every 10 ms while it does.
+//
+// All links of a process have one doorbell, so that a thread can sleep on several of them.
 #pragma once
 
 #include <map>
@@ -20,15 +22,21 @@ class ShmLink : public SlotLink {
   ~ShmLink() override;
   void close() override;
 
+  bool is_peer_gone(bool is_thorough) override;
+  Doorbell* doorbell() override { return &own_doorbell(); }
+
  protected:
   SlotMemory publish(uint16_t mailbox, size_t capacity_bytes) override;
   bool find(uint16_t mailbox, SlotMemory& memory) override;
-  Bell* other_bell() override;
-  Bell& own_bell() override { return *reinterpret_cast<Bell*>(own_->data()); }
-  bool is_peer_gone() override;
+  Doorbell* other_doorbell() override;
+  EndState* other_state() override;
+  Doorbell& own_doorbell() override { return *reinterpret_cast<Doorbell*>(own_doorbell_->data()); }
+  EndState& own_state() override { return *reinterpret_cast<EndState*>(own_state_->data()); }
   void hang_up() override;
 
  private:
+  template <typename T>
+  T* awaited(const std::atomic<T*>& part);
   bool send(uint16_t mailbox, size_t capacity_bytes, int fd);
   void receive_all();
   bool receive_one();
@@ -36,9 +44,10 @@ class ShmLink : public SlotLink {
   std::mutex mutex_;
   int fd_;
   bool is_eof_ = false;
-  std::shared_ptr<Memory> own_;
-  std::shared_ptr<Memory> other_;
-  std::atomic<Bell*> other_bell_{nullptr};
+  std::shared_ptr<Memory> own_doorbell_, own_state_;
+  std::shared_ptr<Memory> other_doorbell_memory_, other_state_memory_;
+  std::atomic<Doorbell*> other_doorbell_{nullptr};
+  std::atomic<EndState*> other_state_{nullptr};
   std::map<uint16_t, SlotMemory> found_;
 };
 

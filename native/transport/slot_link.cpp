@@ -20,6 +20,15 @@ class SlotOutbox : public Outbox {
 
   size_t capacity_bytes() const override { return capacity_bytes_; }
 
+  bool has_room() override {
+    if (!writer_) {
+      SlotMemory memory;
+      if (!link_.find(mailbox_, memory)) return false;
+      writer_ = std::make_unique<SlotWriter>(std::move(memory));
+    }
+    return writer_->has_room();
+  }
+
   std::byte* reserve(uint64_t seq, size_t num_bytes, double deadline) override {
     using std::to_string;
     link_.check();
@@ -61,15 +70,6 @@ class SlotOutbox : public Outbox {
   }
 
  private:
-  bool has_room() {
-    if (!writer_) {
-      SlotMemory memory;
-      if (!link_.find(mailbox_, memory)) return false;
-      writer_ = std::make_unique<SlotWriter>(std::move(memory));
-    }
-    return writer_->has_room();
-  }
-
   SlotLink& link_;
   uint16_t mailbox_;
   size_t capacity_bytes_;
@@ -100,7 +100,9 @@ class SlotLinkInbox : public SlotInbox {
     }
   }
 
-  bool is_due(uint64_t seq) {
+  Source& source() override { return link_; }
+
+  bool is_due(uint64_t seq) override {
     int num_freed = 0;
     const bool due = reader_.is_due(seq, num_freed);
     if (num_freed != 0) link_.ring();
@@ -171,14 +173,14 @@ void SlotLink::until(const Ready& ready, const Describe& what, double deadline) 
     }
     if (is_pumped() || monotonic_s() >= deadline) {
       if (ready()) return;
-      if (is_peer_gone()) peer_lost();
+      if (is_peer_gone(/*is_thorough=*/true)) peer_lost();
       throw TransportFailure(Kind::deadline, what() + " in time", peer_);
     }
     if (pump()) {
       pump()();
     } else if (pacer.step()) {
       sleep(ready, deadline);
-      if (!ready() && is_peer_gone()) {
+      if (!ready() && is_peer_gone(/*is_thorough=*/true)) {
         if (ready()) return;
         failure_.check();
         peer_lost();
@@ -193,40 +195,22 @@ void SlotLink::until(const Ready& ready, const Describe& what, double deadline) 
 
 template <typename Ready>
 void SlotLink::sleep(const Ready& ready, double deadline) {
-  Bell& bell = own_bell();
-  // Whoever changes something looks at `is_sleeping` afterwards (ring), we look for changes after
-  // we set it: one of us sees the other.
-  bell.is_sleeping.store(1, std::memory_order_seq_cst);
-  const uint32_t seen = bell.num_rings.load(std::memory_order_seq_cst);
-  std::atomic_thread_fence(std::memory_order_seq_cst);
-  if (!ready() && !failure_.is_set() && !is_peer_closed()) {
-    futex_wait(bell.num_rings, seen, std::min(kLifelineSeconds, deadline - monotonic_s()),
-               is_shared_);
-  }
-  bell.is_sleeping.store(0, std::memory_order_relaxed);
+  own_doorbell().sleep([&] { return ready() || failure_.is_set() || is_peer_closed(); },
+                       std::min(kLifelineSeconds, deadline - monotonic_s()), is_shared_);
 }
 
 void SlotLink::ring() {
-  Bell* bell = other_bell();
-  if (bell == nullptr) return;
-  std::atomic_thread_fence(std::memory_order_seq_cst);
-  if (bell->is_sleeping.load(std::memory_order_relaxed) != 0) {
-    bell->num_rings.fetch_add(1, std::memory_order_seq_cst);
-    futex_wake(bell->num_rings, is_shared_);
-  }
+  Doorbell* bell = other_doorbell();
+  if (bell != nullptr) bell->ring_if_heard(is_shared_);
 }
 
-void SlotLink::wake_self() {
-  Bell& bell = own_bell();
-  bell.num_rings.fetch_add(1, std::memory_order_seq_cst);
-  futex_wake(bell.num_rings, is_shared_);
-}
+void SlotLink::wake_self() { own_doorbell().ring(is_shared_); }
 
-void SlotLink::hang_up() { own_bell().is_closed.store(1, std::memory_order_seq_cst); }
+void SlotLink::hang_up() { own_state().is_closed.store(1, std::memory_order_seq_cst); }
 
 bool SlotLink::is_peer_closed() {
-  Bell* bell = other_bell();
-  return bell != nullptr && bell->is_closed.load(std::memory_order_acquire) != 0;
+  EndState* state = other_state();
+  return state != nullptr && state->is_closed.load(std::memory_order_acquire) != 0;
 }
 
 void SlotLink::check() {
@@ -243,12 +227,6 @@ void SlotLink::broken(const TransportFailure& error) {
   hang_up();
   ring();
   wake_self();
-}
-
-void SlotLink::throw_broken(const TransportFailure& error) {
-  broken(error);
-  failure_.check();
-  throw error;
 }
 
 void SlotLink::fail(const std::string& reason) { broken({Kind::peer_lost, reason, peer_}); }

@@ -1,7 +1,7 @@
 // A link whose two ends map the same memory: between threads (inproc.h) and processes (shm.h).
 //
 // A message is written into the receiver's slot and nothing else moves. A wait looks, yields, and
-// then sleeps on its end's bell, which the other end rings only while somebody sleeps; so neither
+// then sleeps on its end's doorbell, which the other end rings only while somebody sleeps; so neither
 // end makes a system call as long as both are quick.
 #pragma once
 
@@ -17,33 +17,40 @@
 #include "transport/failure.h"
 #include "transport/link.h"
 #include "transport/slots.h"
+#include "transport/source.h"
 
 namespace lamina {
 
-/// What one end tells the other apart from messages; written by its owner but for `num_rings`.
-struct alignas(128) Bell {
-  std::atomic<uint32_t> num_rings;
-  std::atomic<uint32_t> is_sleeping;
+/// What one end tells the other apart from messages.
+struct alignas(128) EndState {
   std::atomic<uint32_t> is_closed;
 };
 
 class SlotOutbox;
 class SlotLinkInbox;
 
-class SlotLink : public Link {
+class SlotLink : public Link, public Source {
  public:
   ~SlotLink() override;
   const std::string& peer() const override { return peer_; }
   Outbox& outbox(uint16_t mailbox, size_t capacity_bytes) override;
   Inbox& inbox(uint16_t mailbox, size_t capacity_bytes) override;
-  size_t wait_any(std::span<const Awaited> awaited, double deadline) override;
   void fail(const std::string& reason) override;
+
+  size_t wait_any(std::span<const Awaited> awaited, double deadline) override;
+  double yield_s() const override { return yield_s_; }
+  void check_failure() const override { failure_.check(); }
+  void broken(const TransportFailure& error) override;
+  bool receive(Inbox*) override { return false; }
+  bool is_peer_gone(bool is_thorough) override { return is_peer_closed(); }
+  Doorbell* doorbell() override { return nullptr; }
+  pollfd polled(std::unique_lock<std::mutex>&) override { return {-1, 0, 0}; }
 
  protected:
   friend class SlotOutbox;
   friend class SlotLinkInbox;
 
-  /// `is_shared`: the bells lie in memory of two processes. `yield_s`: before a wait sleeps.
+  /// `is_shared`: the bells lie in memory of several processes. `yield_s`: before a wait sleeps.
   SlotLink(std::string peer, bool is_shared, double yield_s);
 
   /// Make the memory of an inbox and let the other end know of it.
@@ -52,12 +59,11 @@ class SlotLink : public Link {
   /// The memory of the other end's inbox; false while it has made none.
   virtual bool find(uint16_t mailbox, SlotMemory& memory) = 0;
 
-  /// The other end's bell; null while it is unknown.
-  virtual Bell* other_bell() = 0;
-  virtual Bell& own_bell() = 0;
-
-  /// Whether the other end's process is gone. May cost a system call.
-  virtual bool is_peer_gone() { return false; }
+  /// Of the other end; null while they are unknown.
+  virtual Doorbell* other_doorbell() = 0;
+  virtual EndState* other_state() = 0;
+  virtual Doorbell& own_doorbell() = 0;
+  virtual EndState& own_state() = 0;
 
   /// Let the other end see that this one closed or failed.
   virtual void hang_up();
@@ -72,9 +78,6 @@ class SlotLink : public Link {
   void ring();
   void wake_self();
 
-  /// Fail this end with `error` and hang up.
-  void broken(const TransportFailure& error);
-
   /// Throw what this end failed with, or PeerLost if the other end closed.
   void check();
   bool is_peer_closed();
@@ -88,7 +91,6 @@ class SlotLink : public Link {
   template <typename Ready>
   void sleep(const Ready& ready, double deadline);
 
-  [[noreturn]] void throw_broken(const TransportFailure& error);
   [[noreturn]] void peer_lost();
 
   std::string peer_;

@@ -65,6 +65,32 @@ size_t TcpLink::wait_any(std::span<const Awaited> awaited, double deadline) {
   return found;
 }
 
+bool TcpLink::receive(Inbox* expected) {
+  std::lock_guard lock(in_use_);
+  failure_.check();
+  try {
+    const Received received = receive_some(static_cast<TcpInbox*>(expected));
+    is_stuck_ = received == Received::no_room;
+    return received == Received::some;
+  } catch (const TransportFailure& failure) {
+    throw_broken(failure);
+  }
+}
+
+/// What comes next may have no place until a message of another link was taken: no reason to fail, but
+/// then only the end of the connection shows that the peer is gone.
+bool TcpLink::is_peer_gone(bool is_thorough) {
+  if (!is_stuck_ || !is_thorough) return false;
+  std::unique_lock<std::mutex> lock;
+  pollfd one = polled(lock);
+  return ::poll(&one, 1, 0) == 1;
+}
+
+pollfd TcpLink::polled(std::unique_lock<std::mutex>& lock) {
+  lock = std::unique_lock(in_use_);
+  return {fd_, static_cast<short>(is_stuck_ ? POLLRDHUP : POLLIN), 0};
+}
+
 /// With `in_use_` held. ProtocolMismatch breaks the link.
 template <typename Ready, typename Describe>
 void TcpLink::until(const Ready& ready, const Describe& what, double deadline,
@@ -72,7 +98,7 @@ void TcpLink::until(const Ready& ready, const Describe& what, double deadline,
   try {
     Pacer pacer(busy_poll_s_);
     while (!ready()) {
-      switch (receive(expected)) {
+      switch (receive_some(expected)) {
         case Received::some:
           pacer = Pacer(busy_poll_s_);
           continue;
@@ -102,7 +128,7 @@ void TcpLink::send(const std::byte* data, size_t num_bytes, uint16_t mailbox, ui
   while (num_sent < num_bytes) {
     Received received;
     try {
-      received = receive(nullptr);
+      received = receive_some(nullptr);
     } catch (const TransportFailure& failure) {
       if (failure.kind == Kind::protocol) throw_broken(failure);
       throw;
@@ -141,6 +167,13 @@ size_t TcpLink::send_some(const std::byte* data, size_t num_bytes) {
   lost(std::string("the connection broke: ") + std::strerror(error));
 }
 
+bool TcpLink::can_send() {
+  std::lock_guard lock(in_use_);
+  failure_.check();
+  pollfd one{fd_, POLLOUT, 0};
+  return ::poll(&one, 1, 0) == 1 && (one.revents & POLLOUT) != 0;
+}
+
 void TcpLink::poll(short events, double deadline) {
   const double remaining_s = std::max(0.0, deadline - monotonic_s());
   timespec timeout;
@@ -161,12 +194,6 @@ void TcpLink::broken(const TransportFailure& error) {
   // Ends the connection, which wakes this side's thread and the peer.
   std::lock_guard lock(closing_);
   if (fd_ >= 0) shutdown(fd_, SHUT_RDWR);
-}
-
-void TcpLink::throw_broken(const TransportFailure& error) {
-  broken(error);
-  failure_.check();
-  throw error;
 }
 
 void TcpLink::fail(const std::string& reason) { broken({Kind::peer_lost, reason, peer_}); }

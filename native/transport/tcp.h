@@ -27,6 +27,7 @@
 #include "transport/failure.h"
 #include "transport/link.h"
 #include "transport/slots.h"
+#include "transport/source.h"
 
 namespace lamina {
 
@@ -43,7 +44,7 @@ constexpr char kFrameMagic[4] = {'L', 'M', 'N', 'F'};
 class TcpInbox;
 class TcpOutbox;
 
-class TcpLink : public Link {
+class TcpLink : public Link, public Source {
  public:
   /// Takes over `fd`, a connected stream socket whose hello and welcome are exchanged.
   /// `busy_poll_s`: how long a wait looks and yields before it sleeps.
@@ -53,9 +54,17 @@ class TcpLink : public Link {
   const std::string& peer() const override { return peer_; }
   Outbox& outbox(uint16_t mailbox, size_t capacity_bytes) override;
   Inbox& inbox(uint16_t mailbox, size_t capacity_bytes) override;
-  size_t wait_any(std::span<const Awaited> awaited, double deadline) override;
   void fail(const std::string& reason) override;
   void close() override;
+
+  size_t wait_any(std::span<const Awaited> awaited, double deadline) override;
+  double yield_s() const override { return busy_poll_s_; }
+  void check_failure() const override { failure_.check(); }
+  void broken(const TransportFailure& error) override;
+  bool receive(Inbox* expected) override;
+  bool is_peer_gone(bool is_thorough) override;
+  Doorbell* doorbell() override { return nullptr; }
+  pollfd polled(std::unique_lock<std::mutex>& lock) override;
 
  private:
   friend class TcpInbox;
@@ -70,8 +79,9 @@ class TcpLink : public Link {
   void send(const std::byte* data, size_t num_bytes, uint16_t mailbox, uint64_t seq,
             double deadline);
   size_t send_some(const std::byte* data, size_t num_bytes);
+  bool can_send();
 
-  Received receive(TcpInbox* expected);
+  Received receive_some(TcpInbox* expected);
   Received receive_expected(TcpInbox& expected);
   bool place();
   bool read(std::byte* target, size_t num_wanted, size_t& num_got);
@@ -79,8 +89,6 @@ class TcpLink : public Link {
   void arrived();
   FrameHeader parse(const std::byte* data) const;
 
-  void broken(const TransportFailure& error);
-  [[noreturn]] void throw_broken(const TransportFailure& error);
   [[noreturn]] void lost(const std::string& reason);
   [[noreturn]] void stuck();
   void poll(short events, double deadline);
@@ -100,6 +108,7 @@ class TcpLink : public Link {
   std::map<uint16_t, std::unique_ptr<TcpInbox>> inboxes_;
 
   // The frame that is being received: its header, its mailbox once there is room, what is there.
+  bool is_stuck_ = false;  // the last `receive` found a frame that has no place
   bool has_header_ = false;
   FrameHeader header_ = {};
   TcpInbox* box_ = nullptr;

@@ -16,6 +16,9 @@ class TcpOutbox : public Outbox {
         memory_(Memory::make_private(kSlotAlignment + capacity_bytes)) {}
 
   size_t capacity_bytes() const override { return capacity_bytes_; }
+
+  /// Of the receiver's slots this side knows nothing: whether the system takes a small message.
+  bool has_room() override { return link_.can_send(); }
   std::byte* reserve(uint64_t seq, size_t num_bytes, double deadline) override;
   void commit(double deadline) override;
 
@@ -34,7 +37,8 @@ class TcpInbox : public SlotInbox {
 
   std::span<const std::byte> wait(uint64_t seq, double deadline,
                                   std::optional<size_t> num_bytes) override;
-  bool is_due(uint64_t seq);
+  bool is_due(uint64_t seq) override;
+  Source& source() override { return link_; }
 
   /// Takes the messages in from the connection.
   SlotWriter writer;

@@ -32,7 +32,7 @@ std::string shown(const char* bytes, size_t count) {
 }  // namespace
 
 /// `expected`: the mailbox that the next frame is probably for; null: unknown.
-TcpLink::Received TcpLink::receive(TcpInbox* expected) {
+TcpLink::Received TcpLink::receive_some(TcpInbox* expected) {
   if (expected != nullptr && !has_header_ && staged_begin_ == staged_end_ &&
       expected->last_num_bytes > kStagingBytes && expected->writer.has_room()) {
     return receive_expected(*expected);

@@ -37,6 +37,7 @@ class Outbox:
 
     @property
     def capacity_bytes(self) -> int: ...
+    def has_room(self) -> bool: ...
     def post(self, seq: int, deadline: float, *parts: int) -> None:
         """Send memory. `parts`: address and length of each part in turn, at most 16 parts.
 
@@ -67,9 +68,11 @@ class Link:
     def peer(self) -> str: ...
     def outbox(self, mailbox: int, capacity_bytes: int) -> Outbox: ...
     def inbox(self, mailbox: int, capacity_bytes: int) -> Inbox: ...
-    def wait_any(self, awaited: Sequence[tuple[Inbox, int]], deadline: float) -> int: ...
     def fail(self, reason: str) -> None: ...
     def close(self) -> None: ...
+
+def wait_any(awaited: Sequence[tuple[Inbox, int]], deadline: float) -> int:
+    """As `lamina.transport.native.wait_any`."""
 
 class InprocLink(Link):
     """One end of a link within this process; made by `inproc_pair`."""
@@ -144,7 +147,7 @@ def bare_pong(fd: int, count: int, num_bytes: int, yields: bool) -> None:
 # --- attention ---
 
 class LayerSpec:
-    """One layer's attention of an executor's own heads, as `lamina.attention.spec` defines it."""
+    """One layer's attention of the heads of a lane, as `lamina.attention.spec` defines it."""
 
     def __init__(
         self,
@@ -158,7 +161,7 @@ class LayerSpec:
         softcap: float,
         sinks: list[float],
     ) -> None:
-        """`window` and `softcap`: 0 is none. `sinks`: one per query head, or empty."""
+        """`window` and `softcap`: 0 is none. `sinks`: one per query head of all lanes, or empty."""
 
 def page_bytes(layers: list[LayerSpec], cache_dtype: str, page_tokens: int) -> int:
     """Bytes of one page over all layers, padding and scales included."""
@@ -181,14 +184,22 @@ class StepSchedule:
     """The work of one step, followed by all its layers. May outlive its executor's next `begin`."""
 
     @property
-    def num_rows(self) -> int: ...
+    def num_stored_rows(self) -> int: ...
     @property
     def num_attending_rows(self) -> int: ...
+    @property
+    def is_partial(self) -> bool: ...
+    @property
+    def is_over(self) -> bool:
+        """No layer is served any more."""
+
+    def revoke(self, lane: int) -> None:
+        """Store nothing more in a lane: its pages are others' from now on."""
 
 class AttentionExecutor:
     """The native calls of a layer. Addresses are of contiguous memory in the model's dtype.
 
-    A attending rows, N rows, Hq and Hkv query and KV heads, Dk and Dv sizes of k and v vectors.
+    A attending and N stored rows of all lanes, Hq and Hkv heads of a lane, Dk and Dv vector sizes.
     Calls release the GIL; one thread at a time.
     """
 
@@ -198,7 +209,10 @@ class AttentionExecutor:
         """Attend over committed tokens. q [A, Hq, Dk] stays unchanged until `finish` returns."""
 
     def finish(self, step: StepSchedule, layer: int, k: int, v: int, out: int) -> None:
-        """Append k [N, Hkv, Dk] and v [N, Hkv, Dv], attend to them, write out [A, Hq, Dv]."""
+        """Append k [N, Hkv, Dk] and v [N, Hkv, Dv], attend to them, write out [A, Hq, Dv].
+
+        Of a partial step out is float32, and followed by the LSE [A, Hq].
+        """
 
 class PagedAttention(AttentionExecutor):
     """Keys and values in pages of this machine's memory, and attention over them."""
@@ -217,34 +231,20 @@ class PagedAttention(AttentionExecutor):
 
     def begin(
         self,
-        num_rows: Buffer,
+        num_attending: Buffer,
+        num_stored: Buffer,
         context_tokens: Buffer,
-        attends: Buffer,
+        first_position: Buffer,
+        heads: Buffer,
         num_pages: Buffer,
         pages: Buffer,
+        is_partial: bool,
     ) -> StepSchedule:
-        """Decide a step's work. One entry per span, but for `pages`: those of all spans in order.
+        """Decide a step's work. One entry per lane, but for `pages`: those of all lanes in order.
 
-        int32, `context_tokens` int64. Copied; the pages must hold context and new tokens and stay
-        the spans' own until the step is over.
-        """
-
-    def attend_share(
-        self,
-        layer: int,
-        pages: Buffer,
-        begin: int,
-        end: int,
-        first_position: int,
-        num_rows: int,
-        q: int,
-        out: int,
-        lse: int,
-    ) -> None:
-        """Attend over stored tokens [begin, end) of one sequence (`pages`), without sinks.
-
-        q [R, Hq, Dk] for rows from `first_position` on; writes out [R, Hq, Dv] and lse [R, Hq]
-        (natural logarithm), float32.
+        int32, `context_tokens` and `first_position` int64. `heads`: which group of heads (of a
+        lane's size) of the model the lane has. Copied; the pages must hold context and stored
+        tokens and stay the lanes' own until the step is over or the lane is revoked.
         """
 
 # --- worker ---
@@ -336,35 +336,31 @@ class LayerLoop:
 
     def __init__(
         self,
-        link: Link,
         executor: AttentionExecutor,
-        plans: Inbox | None,
-        mailboxes: Sequence[_Mailboxes],
+        plans: Inbox,
+        channels: Sequence[tuple[Sequence[tuple[Inbox, Inbox, Outbox]], Outbox]],
         step_deadline_s: float,
     ) -> None:
-        """`plans`: the mailbox whose next message ends `serve`."""
+        """Mailboxes and their links must outlive it.
 
-    def add(self, micro_batch: int, first_number: int, schedule: StepSchedule) -> None:
-        """Serve a step; one of the same micro-batch that is still in progress is forgotten."""
+        Args:
+            plans: the mailbox whose next message ends `serve`.
+            channels: for each its mailboxes for q, k and v, and the output at every replica, that
+                of layer 0 first; and that for reports.
+        """
 
-    @property
-    def in_step(self) -> bool:
-        """Whether layers of any step are still to be served."""
+    def add(self, channel: int, number: int, first_message: int, schedule: StepSchedule) -> None:
+        """Serve a step: message numbers from `first_message` on, its report's is `number`.
+
+        A step of the same channel that is still in progress is forgotten; if it only stores, it is
+        served as far as its messages still come.
+        """
 
     def serve(self, next_plan: int, wake_at: float) -> bool:
         """Serve until plan number `next_plan` is here (True) or nothing is to do at `wake_at`."""
 
     def pump(self) -> None:
         """Serve the next message, which must be here: the other end runs in this thread."""
-
-    def times(self) -> tuple[float, float]:
-        """Seconds spent attending over cached tokens, and finishing layers, summed."""
-
-    def events(self) -> list[tuple[int, float, float, float, float]]:
-        """The last layers served, oldest first.
-
-        (message number, attending from, until, finishing from, until), in `time.monotonic()`.
-        """
 
 # --- dense ---
 

@@ -235,3 +235,27 @@ def test_two_way_traffic_over_several_mailboxes(pair: Pair, pool: ThreadPoolExec
             view = out_in.wait(n, soon(), num_bytes=100)
             assert view.tolist() == [n % 50 + n % 70] * 100
     serving.result()
+
+
+def test_room_for_two_messages(box: tuple[Outbox, Inbox]) -> None:
+    """Over tcp the sender cannot know; there is room as long as the system takes more."""
+    outbox, inbox = box
+    for number in (1, 2):
+        assert outbox.has_room()
+        outbox.post(number, message(number), deadline=soon())
+    if not outbox.has_room():
+        inbox.wait(1, soon())
+        assert not outbox.has_room(), "message 1 is viewed"
+        inbox.wait(2, soon())
+    assert outbox.has_room()
+
+
+def test_no_room_without_the_other_end(pair: Pair) -> None:
+    """What must not wait for the receiver does not even wait for it to make the mailbox."""
+    outbox = pair[0].outbox(9, SIZE)
+    begin = time.monotonic()
+    outbox.has_room()
+    assert time.monotonic() - begin < 0.1
+    pair[0].close()
+    with pytest.raises(PeerLost):
+        outbox.post(1, message(1), deadline=soon())

@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 
 from lamina.attention.executor import AttentionExecutor
 from lamina.attention.partition import head_units, query_head_range, shard_specs
-from lamina.types import ExecutorPlan, ExecutorSpan
-from support.attention import Oracle, Rows, assert_outputs_match, make_sinks, make_spec, run_step
+from lamina.types import ExecutorPlan
+from support.attention import (
+    Oracle,
+    Rows,
+    assert_outputs_match,
+    make_sinks,
+    make_spec,
+    run_step,
+    span_of,
+)
 from support.tolerances import ATTENTION_TOLERANCE
 
 PAGE = 4
@@ -49,7 +57,7 @@ def scenarios(draw: st.DrawFn) -> list[ExecutorPlan]:
                 context = draw(st.integers(0, context))
             num_rows = draw(lengths)
             attends = draw(st.integers(0, 3)) > 0
-            spans.append(ExecutorSpan(sequence, num_rows, context, attends))
+            spans.append(span_of(sequence, num_rows, context, attends))
             known[sequence] = context + num_rows
         plans.append(ExecutorPlan(step, 0, tuple(spans), tuple(releases)))
     return plans
@@ -90,7 +98,7 @@ def test_context_and_chunk_lengths_around_page_boundaries(context: int, num_rows
     sinks = make_sinks(SPECS)
     executor = AttentionExecutor(SPECS, sinks, dtype=torch.float32, num_pages=40, page_tokens=PAGE)
     oracle = Oracle(SPECS, sinks)
-    for spans in ([ExecutorSpan(1, context, 0, False)], [ExecutorSpan(1, num_rows, context, True)]):
+    for spans in ([span_of(1, context, 0, False)], [span_of(1, num_rows, context)]):
         plan = ExecutorPlan(1, 0, tuple(spans))
         layers = [Rows(spec, plan, torch.float32) for spec in SPECS]
         outputs = run_step(executor, plan, layers)
@@ -107,10 +115,10 @@ def test_fragmented_pages_of_real_head_sizes(dtype: torch.dtype) -> None:
     executor = AttentionExecutor(specs, sinks, dtype=dtype, num_pages=40, page_tokens=16)
     oracle = Oracle(specs, sinks)
     steps = [
-        ExecutorPlan(1, 0, tuple(ExecutorSpan(s, 32, 0, True) for s in range(20))),
-        ExecutorPlan(2, 0, (ExecutorSpan(0, 150, 32, True),), releases=tuple(range(1, 20, 2))),
-        ExecutorPlan(3, 0, (ExecutorSpan(0, 1, 182, True), ExecutorSpan(2, 40, 32, True))),
-        ExecutorPlan(4, 0, (ExecutorSpan(2, 1, 72, True), ExecutorSpan(0, 33, 183, True))),
+        ExecutorPlan(1, 0, tuple(span_of(s, 32, 0) for s in range(20))),
+        ExecutorPlan(2, 0, (span_of(0, 150, 32),), releases=tuple(range(1, 20, 2))),
+        ExecutorPlan(3, 0, (span_of(0, 1, 182), span_of(2, 40, 32))),
+        ExecutorPlan(4, 0, (span_of(2, 1, 72), span_of(0, 33, 183))),
     ]
     for plan in steps:
         layers = [Rows(spec, plan, dtype) for spec in specs]
@@ -148,7 +156,7 @@ def test_head_shards_side_by_side_are_the_whole(dtype: torch.dtype, num_workers:
     ]
     atol, rtol = ATTENTION_TOLERANCE[dtype]
     for spans in ([(1, 9, 0), (2, 3, 0)], [(1, 1, 9), (2, 6, 3)], [(2, 1, 9), (1, 1, 10)]):
-        plan = ExecutorPlan(1, 0, tuple(ExecutorSpan(*span, True) for span in spans))
+        plan = ExecutorPlan(1, 0, tuple(span_of(*span) for span in spans))
         layers = [Rows(spec, plan, dtype) for spec in specs]
         outputs = run_step(whole, plan, layers)
         for shard in shards:

@@ -30,16 +30,72 @@ def make_sinks(specs: tuple[AttentionSpec, ...]) -> tuple[Tensor | None, ...]:
 
 
 class Rows:
-    """Random q, k and v of one layer for the rows of a plan, in a dtype."""
+    """Random q, k and v of one layer for the rows of a plan's spans, all heads, in a dtype.
 
-    def __init__(self, spec: AttentionSpec, plan: ExecutorPlan, dtype: torch.dtype) -> None:
+    Args:
+        units, page_units: the executor's; the payloads are in the order of its lanes.
+    """
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        plan: ExecutorPlan,
+        dtype: torch.dtype,
+        units: int = 1,
+        page_units: int = 1,
+    ) -> None:
         # Larger q and k than usual, so that a wrong weight changes the output visibly.
-        num_rows = plan.num_rows
+        num_rows = sum(rows_of(span) for span in plan.spans)
         self.q = (2 * torch.randn(num_rows, spec.num_query_heads, spec.head_dim_k)).to(dtype)
         self.k = torch.randn(num_rows, spec.num_kv_heads, spec.head_dim_k).to(dtype)
         self.v = torch.randn(num_rows, spec.num_kv_heads, spec.head_dim_v).to(dtype)
-        attends = [span.attends for span in plan.spans for _ in range(span.num_rows)]
-        self.attending_q = self.q[torch.tensor(attends, dtype=torch.bool)]
+        self._plan, self._units, self._page_units = plan, units, page_units
+
+    @property
+    def attending_q(self) -> Tensor:
+        """[A, Hq of a lane, Dk]."""
+        return self._pack(self.q, [span.num_attending for span in self._plan.spans])
+
+    @property
+    def stored_k(self) -> Tensor:
+        """[N, Hkv of a lane, Dk]."""
+        return self._pack(self.k, [span.num_stored for span in self._plan.spans])
+
+    @property
+    def stored_v(self) -> Tensor:
+        """[N, Hkv of a lane, Dv]."""
+        return self._pack(self.v, [span.num_stored for span in self._plan.spans])
+
+    def _pack(self, x_THD: Tensor, counts: list[int]) -> Tensor:
+        heads = x_THD.shape[1] // self._units
+        pieces = [x_THD[:0, : heads * self._page_units]]
+        row = 0
+        for span, count in zip(self._plan.spans, counts, strict=True):
+            for unit in range(span.unit_start, span.unit_stop, self._page_units):
+                columns = slice(unit * heads, (unit + self._page_units) * heads)
+                pieces.append(x_THD[row : row + count, columns])
+            row += rows_of(span)
+        return torch.cat(pieces)
+
+
+def rows_of(span: ExecutorSpan) -> int:
+    """Rows of a span: those that attend, or are stored, or both."""
+    return max(span.num_attending, span.num_stored)
+
+
+def unpack(plan: ExecutorPlan, x: Tensor, page_units: int = 1) -> list[Tensor]:
+    """Per span that attends its rows with all heads of its units, from a payload lane by lane."""
+    wholes = []
+    row = 0
+    for span in plan.spans:
+        lanes = []
+        for _ in range(span.unit_start, span.unit_stop, page_units):
+            lanes.append(x[row : row + span.num_attending])
+            row += span.num_attending
+        if span.num_attending:
+            wholes.append(torch.cat(lanes, dim=1))
+    assert row == len(x)
+    return wholes
 
 
 def run_step(
@@ -51,12 +107,15 @@ def run_step(
     outputs = []
     for layer, rows in enumerate(layers):
         executor.attend_cached(layer, rows.attending_q)
-        outputs.append(executor.finish(layer, rows.k, rows.v))
+        outputs.append(executor.finish(layer, rows.stored_k, rows.stored_v))
     return outputs
 
 
 class Oracle:
-    """Remembers every token of every sequence and computes what an executor should give."""
+    """Remembers every token of every sequence and computes what an executor should give.
+
+    Of plans of one lane per sequence, whose rows are all stored.
+    """
 
     def __init__(self, specs: tuple[AttentionSpec, ...], sinks: tuple[Tensor | None, ...]) -> None:
         self.specs = specs
@@ -73,8 +132,8 @@ class Oracle:
         outputs: list[list[Tensor]] = [[] for _ in self.specs]
         row = 0
         for span in plan.spans:
-            rows = slice(row, row + span.num_rows)
-            row += span.num_rows
+            rows = slice(row, row + span.num_stored)
+            row += span.num_stored
             known = self.tokens.setdefault(
                 span.sequence, [(new.k[:0], new.v[:0]) for new in layers]
             )
@@ -84,7 +143,7 @@ class Oracle:
                 k = torch.cat([known[index][0][: span.context_tokens], new.k[rows]])
                 v = torch.cat([known[index][1][: span.context_tokens], new.v[rows]])
                 known[index] = (k, v)
-                if span.attends:
+                if span.num_attending:
                     outputs[index].append(
                         reference_attention(
                             spec, new.q[rows], k, v, context_tokens=span.context_tokens, sinks=sinks
@@ -112,15 +171,29 @@ def assert_outputs_match(
         )
 
 
+def span_of(
+    sequence: int,
+    num_rows: int,
+    context_tokens: int,
+    attends: bool = True,
+    units: tuple[int, int] = (0, 1),
+) -> ExecutorSpan:
+    """Rows that are stored, and attend if said so, with all that came before them."""
+    return ExecutorSpan(
+        sequence, *units, context_tokens, num_rows if attends else 0, num_rows, context_tokens
+    )
+
+
 def plan_of(
     *spans: tuple[int, int, int] | tuple[int, int, int, bool],
     step: int = 1,
     releases: tuple[int, ...] = (),
+    units: tuple[int, int] = (0, 1),
 ) -> ExecutorPlan:
     """A plan from (sequence, num_rows, context_tokens[, attends = True])."""
     return ExecutorPlan(
         step=step,
         micro_batch=0,
-        spans=tuple(ExecutorSpan(*(span if len(span) == 4 else (*span, True))) for span in spans),
+        spans=tuple(span_of(*span, units=units) for span in spans),
         releases=releases,
     )

@@ -1,43 +1,54 @@
-"""The attention executor: one share of the heads, its KV pages, and the work of each layer.
+"""The attention executor: the KV pages of its lanes, and the work of each layer.
 
 The same class serves the model worker's own process and every attention worker. It keeps the books
 and turns plans into native schedules; the layers run in C++ (`native/attention/`), without it:
 
-    step = executor.begin(plan)
+    (step,) = executor.begin(plan)
     for each layer:  attend_cached(step, layer, q)      as soon as q is there
                      finish(step, layer, k, v, out)     appends, attends to the new rows, merges
 
 Those two are calls on `executor.native` with addresses. The methods here with tensors do the same,
 for tests and direct use. One thread; several steps (micro-batches) may be in progress at once.
 
-Shape letters: A attending rows of the plan, N rows of the plan, R rows, Hq and Hkv this executor's
-query and KV heads, Dk and Dv sizes of k and v vectors.
+A span of a plan is served as lanes of `page_units` head units each (`types.ExecutorPlan`). With
+several tensor-parallel ranks a step has a schedule for each, of the lanes whose heads the rank has.
+
+Shape letters: A attending and N stored rows, of all lanes of a schedule, lane by lane; Hq and Hkv
+query and KV heads of one lane, Dk and Dv sizes of k and v vectors.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lamina import _native
 from lamina.attention.merge import Partial
+from lamina.attention.partition import shard_specs
 from lamina.attention.spec import AttentionSpec
 from lamina.errors import ProtocolMismatch
-from lamina.kv.pages import PageAllocator, cache_dtype_name, layer_specs
-from lamina.types import ExecutorPlan
+from lamina.kv.pages import Lane, PageAllocator, cache_dtype_name, layer_specs
+from lamina.transport.topology import rank_of
+from lamina.types import ExecutorPlan, ExecutorSpan
+
+_Part = tuple[Lane, ExecutorSpan]
 
 
 class AttentionExecutor:
     """Attention over this executor's pages.
 
     Args:
-        specs: one per layer, already of this executor's heads.
-        sinks: per layer float32 [Hq], this executor's query heads, or None.
+        specs: one per layer, with all heads.
+        sinks: per layer float32, one per query head, or None.
         dtype: of q, k, v and the output.
-        num_pages: pages of `page_tokens` tokens over all layers.
+        num_pages: pages of `page_tokens` tokens of one lane over all layers.
+        units: head units of the model.
+        page_units: head units of a lane; divides those of every share and rank.
+        num_ranks: tensor-parallel ranks of the model worker.
         kv_cache_dtype: `auto` is `dtype`; `int8` takes about half of bfloat16's bytes.
         pool: threads that compute together with the caller; none: the caller alone.
         isa: a level of `_native.available_isas()` to use instead of the process's.
@@ -54,17 +65,25 @@ class AttentionExecutor:
         dtype: torch.dtype,
         num_pages: int,
         page_tokens: int,
+        units: int = 1,
+        page_units: int = 1,
+        num_ranks: int = 1,
         kv_cache_dtype: str = "auto",
         pool: _native.ThreadPool | None = None,
         isa: str | None = None,
     ) -> None:
         assert len(specs) == len(sinks), "one entry of sinks per layer"
-        self._specs = tuple(specs)
+        assert units % (num_ranks * page_units) == 0, "a lane has heads of one rank only"
+        self.specs = tuple(specs)
+        self.units = units
+        self.num_ranks = num_ranks
+        self._page_units = page_units
+        self._lane_specs = shard_specs(specs, 0, page_units, units)
         self._dtype = dtype
         self._pages = PageAllocator(num_pages, page_tokens)
         name = str(dtype).removeprefix("torch.")
         self.native = _native.PagedAttention(
-            layer_specs(specs, [None if s is None else s.tolist() for s in sinks]),
+            layer_specs(self._lane_specs, [None if s is None else s.tolist() for s in sinks]),
             name,
             cache_dtype_name(kv_cache_dtype, name),
             num_pages,
@@ -72,6 +91,7 @@ class AttentionExecutor:
             _native.ThreadPool(1) if pool is None else pool,
             isa or "",
         )
+        self._open: list[_OpenStep] = []
         self._step: _native.StepSchedule | None = None
         self._early: dict[int, Tensor] = {}
 
@@ -86,59 +106,110 @@ class AttentionExecutor:
     @property
     def sequences(self) -> tuple[int, ...]:
         """The sequences that have (or may get) pages here."""
-        return self._pages.sequences
+        return tuple(dict.fromkeys(lane.sequence for lane in self._pages.lanes))
 
-    def length(self, sequence: int) -> int:
-        """Tokens stored of a sequence, those of the steps in progress included; 0 if unknown."""
-        return self._pages.length(sequence)
+    def length(self, sequence: int, unit: int = 0) -> int:
+        """Tokens stored of a sequence's lane, those of steps in progress included; 0 if unknown.
+
+        Args:
+            unit: the lane's first head unit.
+        """
+        return self._pages.length(Lane(sequence, unit))
 
     def check_integrity(self) -> list[str]:
         """Everything that is wrong with the page books; empty when they are sound."""
         return self._pages.check_integrity()
 
-    def begin(self, plan: ExecutorPlan) -> _native.StepSchedule:
+    def begin(self, plan: ExecutorPlan) -> tuple[_native.StepSchedule, ...]:
         """Take up a step: release, truncate, allocate, and decide the work of its layers.
 
-        Replaying a plan, in full or after a step that was given up, leads to the same state.
+        Replaying a plan, in full or after a step that was given up, leads to the same state. Steps
+        in progress store nothing more in lanes that this plan releases or truncates.
 
         Returns:
-            What the native calls of this step take. The methods with tensors follow the step that
-            was begun last.
+            What the native calls of this step take, one per tensor-parallel rank. The methods with
+            tensors follow the first of the step that was begun last.
 
         Raises:
-            ProtocolMismatch: the plan builds on tokens that are not here; only releases were done.
-            CapacityError: the pages do not suffice; some sequences of the plan may have grown.
+            ProtocolMismatch: the plan builds on tokens that are not here, or does not fit this
+                executor's lanes; only releases were done.
+            CapacityError: the pages do not suffice; some lanes of the plan may have grown.
         """
         pages = self._pages
+        self._open = [step for step in self._open if not step.schedule.is_over]
         for sequence in plan.releases:
-            pages.release(sequence)
-        for span in plan.spans:
-            if pages.length(span.sequence) < span.context_tokens:
+            for unit in range(0, self.units, self._page_units):
+                self._revoke(Lane(sequence, unit))
+                pages.release(Lane(sequence, unit))
+        parts = list(self._parts(plan))
+        for lane, span in parts:
+            if pages.length(lane) < span.context_tokens:
                 raise ProtocolMismatch(
-                    f"the plan of step {plan.step} continues sequence {span.sequence} after "
-                    f"{span.context_tokens} tokens, but {pages.length(span.sequence)} are stored "
+                    f"the plan of step {plan.step} continues {lane} after "
+                    f"{span.context_tokens} tokens, but {pages.length(lane)} are stored "
                     "here; the sequence must be computed again from its first token",
                     peer="engine",
                 )
         # Truncate all before any grows: a replay must not need more pages than the first try.
-        for span in plan.spans:
-            pages.resize(span.sequence, span.context_tokens)
-        for span in plan.spans:
-            pages.resize(span.sequence, span.context_tokens + span.num_rows)
-
-        tables = [pages.pages(span.sequence) for span in plan.spans]
-        assert len({span.sequence for span in plan.spans}) == len(tables), (
-            "a sequence has one span per step"
-        )
+        for lane, span in parts:
+            if pages.length(lane) > span.context_tokens:
+                self._revoke(lane)
+            pages.resize(lane, span.context_tokens)
+        for lane, span in parts:
+            pages.resize(lane, span.context_tokens + span.num_stored)
         self._early.clear()
-        self._step = self.native.begin(
-            array("i", [span.num_rows for span in plan.spans]),
-            array("q", [span.context_tokens for span in plan.spans]),
-            array("i", [span.attends for span in plan.spans]),
+        schedules = tuple(
+            self._schedule(
+                [p for p in parts if rank_of(p[0].unit, self.units, self.num_ranks) == rank]
+                if self.num_ranks > 1
+                else parts,
+                is_partial=plan.is_partial,
+            )
+            for rank in range(self.num_ranks)
+        )
+        self._step = schedules[0]
+        return schedules
+
+    def _parts(self, plan: ExecutorPlan) -> Iterator[_Part]:
+        """The plan's spans, lane by lane."""
+        size = self._page_units
+        seen: set[Lane] = set()
+        for span in plan.spans:
+            start, stop = span.unit_start, span.unit_stop
+            if start % size or stop % size or not 0 <= start < stop <= self.units:
+                raise ProtocolMismatch(
+                    f"the plan of step {plan.step} has head units {start} to {stop}, but the lanes "
+                    f"here have {size} of {self.units} each; do both sides serve the same model?",
+                    peer="engine",
+                )
+            for unit in range(start, stop, size):
+                lane = Lane(span.sequence, unit)
+                assert lane not in seen, "a lane has one span per step"
+                seen.add(lane)
+                yield lane, span
+
+    def _schedule(self, parts: Sequence[_Part], *, is_partial: bool) -> _native.StepSchedule:
+        tables = [self._pages.pages(lane) for lane, _ in parts]
+        spans = [span for _, span in parts]
+        schedule = self.native.begin(
+            array("i", [span.num_attending for span in spans]),
+            array("i", [span.num_stored for span in spans]),
+            array("q", [span.context_tokens for span in spans]),
+            array("q", [span.first_position for span in spans]),
+            array("i", [lane.unit // self._page_units for lane, _ in parts]),
             array("i", [len(table) for table in tables]),
             array("i", [page for table in tables for page in table]),
+            is_partial,
         )
-        return self._step
+        if parts:
+            self._open.append(_OpenStep(schedule, [lane for lane, _ in parts]))
+        return schedule
+
+    def _revoke(self, lane: Lane) -> None:
+        """Let steps in progress leave the lane's pages alone."""
+        for step in self._open:
+            if lane in step.lanes:
+                step.schedule.revoke(step.lanes.index(lane))
 
     def attend_cached(
         self, layer: int, q: Tensor, step: _native.StepSchedule | None = None
@@ -149,10 +220,10 @@ class AttentionExecutor:
             layer: index into `specs`.
             q: [A, Hq, Dk]; must stay unchanged until `finish` of this layer returns. May be left
                 out if A is 0.
-            step: what `begin` returned; the last one if not given.
+            step: one that `begin` returned; the last step's first if not given.
         """
         step = step or self._current()
-        spec = self._specs[layer]
+        spec = self._lane_specs[layer]
         expected = (step.num_attending_rows, spec.num_query_heads, spec.head_dim_k)
         assert q.shape == expected, f"q of layer {layer} is {tuple(q.shape)}, not {expected}"
         q = q.to(self._dtype).contiguous()
@@ -166,57 +237,57 @@ class AttentionExecutor:
 
         Args:
             k, v: [N, Hkv, Dk] and [N, Hkv, Dv]; free to reuse when the call returns.
-            step: what `begin` returned; the last one if not given.
+            step: one that `begin` returned, not partial; the last step's first if not given.
 
         Returns:
             [A, Hq, Dv] in the dtype of q, k and v, contiguous; the caller's.
         """
         step = step or self._current()
-        spec = self._specs[layer]
-        k, v = k.to(self._dtype).contiguous(), v.to(self._dtype).contiguous()
-        expected = (step.num_rows, spec.num_kv_heads)
-        assert k.shape == (*expected, spec.head_dim_k), f"k of layer {layer} is {tuple(k.shape)}"
-        assert v.shape == (*expected, spec.head_dim_v), f"v of layer {layer} is {tuple(v.shape)}"
-        num_rows = step.num_attending_rows
-        assert num_rows == 0 or layer in self._early, (
-            f"attend_cached({layer}, q) comes before finish({layer}, ...)"
-        )
-        out = torch.empty(num_rows, spec.num_query_heads, spec.head_dim_v, dtype=self._dtype)
-        self.native.finish(step, layer, k.data_ptr(), v.data_ptr(), out.data_ptr())
-        self._early.pop(layer, None)
+        assert not step.is_partial, "finish_partial is for partial plans"
+        spec = self._lane_specs[layer]
+        shape = (step.num_attending_rows, spec.num_query_heads, spec.head_dim_v)
+        out = torch.empty(shape, dtype=self._dtype)
+        self._finish(step, layer, k, v, out)
         return out
 
-    def attend_share(
-        self, layer: int, q: Tensor, *, sequence: int, start: int, stop: int, first_position: int
+    def finish_partial(
+        self, layer: int, k: Tensor, v: Tensor, step: _native.StepSchedule | None = None
     ) -> Partial:
-        """Attend over stored tokens [start, stop) of one sequence only, without sinks.
-
-        Shares of disjoint ranges merge to the whole (`attention.merge`).
-
-        Args:
-            q: [R, Hq, Dk], rows at positions first_position, first_position + 1, ...
+        """As `finish`, for a partial plan: sinks count only where rows are stored.
 
         Returns:
-            out [R, Hq, Dv] and lse [R, Hq], float32; zeros and -inf where nothing takes part.
+            out [A, Hq, Dv] and lse [A, Hq], float32; zeros and -inf where nothing takes part.
         """
-        assert 0 <= start <= stop <= self.length(sequence), "the range must be stored here"
-        spec = self._specs[layer]
-        q = q.to(self._dtype).contiguous()
-        out = torch.empty(len(q), spec.num_query_heads, spec.head_dim_v)
-        lse = torch.empty(len(q), spec.num_query_heads)
-        self.native.attend_share(
-            layer,
-            array("i", self._pages.pages(sequence)),
-            start,
-            stop,
-            first_position,
-            len(q),
-            q.data_ptr(),
-            out.data_ptr(),
-            lse.data_ptr(),
+        step = step or self._current()
+        assert step.is_partial, "finish is for plans that are not partial"
+        spec = self._lane_specs[layer]
+        rows, heads, dim = step.num_attending_rows, spec.num_query_heads, spec.head_dim_v
+        payload = torch.empty(rows * heads * (dim + 1))
+        self._finish(step, layer, k, v, payload)
+        out, lse = payload[: rows * heads * dim], payload[rows * heads * dim :]
+        return Partial(out.view(rows, heads, dim), lse.view(rows, heads))
+
+    def _finish(
+        self, step: _native.StepSchedule, layer: int, k: Tensor, v: Tensor, out: Tensor
+    ) -> None:
+        spec = self._lane_specs[layer]
+        k, v = k.to(self._dtype).contiguous(), v.to(self._dtype).contiguous()
+        expected = (step.num_stored_rows, spec.num_kv_heads)
+        assert k.shape == (*expected, spec.head_dim_k), f"k of layer {layer} is {tuple(k.shape)}"
+        assert v.shape == (*expected, spec.head_dim_v), f"v of layer {layer} is {tuple(v.shape)}"
+        assert step.num_attending_rows == 0 or layer in self._early, (
+            f"attend_cached({layer}, q) comes before finish({layer}, ...)"
         )
-        return Partial(out, lse)
+        self.native.finish(step, layer, k.data_ptr(), v.data_ptr(), out.data_ptr())
+        self._early.pop(layer, None)
 
     def _current(self) -> _native.StepSchedule:
         assert self._step is not None, "begin(plan) comes first"
         return self._step
+
+
+class _OpenStep(NamedTuple):
+    """A step that may be in progress, with its lanes in the schedule's order."""
+
+    schedule: _native.StepSchedule
+    lanes: list[Lane]

@@ -100,13 +100,12 @@ class Subject:
         prompt_k, prompt_v = rows(case.context, case.kv_heads), rows(case.context, case.kv_heads)
         for sequence in range(case.batch):
             pages = self._pages[sequence * pages_each : (sequence + 1) * pages_each]
-            step = self._begin([case.context], [0], [False], [pages])
+            step = self._begin([0], [case.context], [0], [pages])
             for layer in range(self.num_layers):
                 self._native.finish(step, layer, prompt_k.data_ptr(), prompt_v.data_ptr(), 0)
         tables = [self._pages[i : i + pages_each] for i in range(0, num_pages, pages_each)]
-        self._step = self._begin(
-            [1] * case.batch, [case.context] * case.batch, [True] * case.batch, tables
-        )
+        ones = [1] * case.batch
+        self._step = self._begin(ones, ones, [case.context] * case.batch, tables)
         self._q = rows(case.batch, case.kv_heads * case.group)
         self._k, self._v = rows(case.batch, case.kv_heads), rows(case.batch, case.kv_heads)
         self._out = torch.empty_like(self._q)
@@ -122,14 +121,21 @@ class Subject:
         return time.perf_counter() - begin
 
     def _begin(
-        self, rows: list[int], contexts: list[int], attends: list[bool], tables: list[list[int]]
+        self,
+        num_attending: list[int],
+        num_stored: list[int],
+        contexts: list[int],
+        tables: list[list[int]],
     ) -> _native.StepSchedule:
         return self._native.begin(
-            array("i", rows),
+            array("i", num_attending),
+            array("i", num_stored),
             array("q", contexts),
-            array("i", attends),
+            array("q", contexts),
+            array("i", [0] * len(tables)),
             array("i", [len(table) for table in tables]),
             array("i", [page for table in tables for page in table]),
+            False,
         )
 
 

@@ -1,16 +1,17 @@
-"""Which page holds which tokens of which sequence. Pure bookkeeping: no tensors, no torch.
+"""Which page holds which tokens of which lane. Pure bookkeeping: no tensors, no torch.
 
-Every executor owns one `PageAllocator`. Pages are handed out so that a sequence's tokens lie in as
-few contiguous runs as possible: attention reads faster where the next page is the next in memory.
-A sequence grows into the page after its last one while that is free; a run that must start
-elsewhere starts in the middle of the largest free gap, which leaves room to grow for it and for its
-neighbour.
+A *lane* is a sequence's tokens for some head units (`types.ExecutorPlan`). Every executor owns one
+`PageAllocator`. Pages are handed out so that a lane's tokens lie in as few contiguous runs as
+possible: attention reads faster where the next page is the next in memory. A lane grows into the
+page after its last one while that is free; a run that must start elsewhere starts in the middle of
+the largest free gap, which leaves room to grow for it and for its neighbour.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from lamina import _native
 from lamina.attention.spec import AttentionSpec
@@ -19,7 +20,7 @@ from lamina.types import ceil_div
 
 
 def bytes_per_page(specs: Sequence[AttentionSpec], page_tokens: int, cache_dtype: str) -> int:
-    """Bytes of one page over all layers of `specs` (an executor's own heads), padding included.
+    """Bytes of one page over all layers of `specs` (the heads of a lane), padding included.
 
     Args:
         page_tokens: tokens per page; memory is laid out for the next multiple of 16.
@@ -36,7 +37,11 @@ def cache_dtype_name(kv_cache_dtype: str, dtype: str) -> str:
 def layer_specs(
     specs: Sequence[AttentionSpec], sinks: Sequence[Sequence[float] | None]
 ) -> list[_native.LayerSpec]:
-    """Specs as the native side takes them, with each layer's sinks per query head, if any."""
+    """Specs of a lane's heads as the native side takes them.
+
+    Args:
+        sinks: per layer those of the query heads of all lanes of a sequence, if any.
+    """
     return [
         _native.LayerSpec(
             query_heads=spec.num_query_heads,
@@ -52,10 +57,20 @@ def layer_specs(
     ]
 
 
-class PageAllocator:
-    """Pages of `page_tokens` tokens, each free or owned by exactly one sequence.
+class Lane(NamedTuple):
+    """A sequence (the engine's number) and the first head unit that the lane has of it."""
 
-    Sequences are the engine's numbers. Not thread-safe: its executor's thread alone uses it.
+    sequence: int
+    unit: int
+
+    def __str__(self) -> str:
+        return f"sequence {self.sequence} (from head unit {self.unit})"
+
+
+class PageAllocator:
+    """Pages of `page_tokens` tokens, each free or owned by exactly one lane.
+
+    Not thread-safe: its executor's thread alone uses it.
     """
 
     def __init__(self, num_pages: int, page_tokens: int) -> None:
@@ -63,8 +78,8 @@ class PageAllocator:
         assert page_tokens >= 1, "a page holds at least one token"
         self.num_pages = num_pages
         self.page_tokens = page_tokens
-        self._pages: dict[int, list[int]] = {}
-        self._lengths: dict[int, int] = {}
+        self._pages: dict[Lane, list[int]] = {}
+        self._lengths: dict[Lane, int] = {}
         # Free pages as sorted runs [start, stop) that do not touch; num_free caches their total.
         self._free: list[tuple[int, int]] = [(0, num_pages)] if num_pages else []
         self._num_free = num_pages
@@ -78,35 +93,35 @@ class PageAllocator:
         return self.num_pages - self._num_free
 
     @property
-    def sequences(self) -> tuple[int, ...]:
-        """The sequences known here, in the order in which they came."""
+    def lanes(self) -> tuple[Lane, ...]:
+        """The lanes known here, in the order in which they came."""
         return tuple(self._pages)
 
-    def pages(self, sequence: int) -> list[int]:
-        """The sequence's pages in token order (a copy); empty for an unknown sequence."""
-        return list(self._pages.get(sequence, ()))
+    def pages(self, lane: Lane) -> list[int]:
+        """The lane's pages in token order (a copy); empty for an unknown lane."""
+        return list(self._pages.get(lane, ()))
 
-    def length(self, sequence: int) -> int:
-        """Tokens of the sequence; 0 for an unknown sequence."""
-        return self._lengths.get(sequence, 0)
+    def length(self, lane: Lane) -> int:
+        """Tokens of the lane; 0 for an unknown lane."""
+        return self._lengths.get(lane, 0)
 
-    def resize(self, sequence: int, num_tokens: int) -> None:
-        """Truncate or extend a sequence to `num_tokens` tokens; an unknown one starts empty.
+    def resize(self, lane: Lane, num_tokens: int) -> None:
+        """Truncate or extend a lane to `num_tokens` tokens; an unknown one starts empty.
 
         Raises:
             CapacityError: too few free pages; nothing has changed.
         """
         assert num_tokens >= 0, "a length is not negative"
-        owned = self._pages.get(sequence, [])
+        owned = self._pages.get(lane, [])
         missing = ceil_div(num_tokens, self.page_tokens) - len(owned)
         if missing > self._num_free:
             raise CapacityError(
-                f"sequence {sequence} needs {missing} more KV pages for {num_tokens} tokens, "
+                f"{lane} needs {missing} more KV pages for {num_tokens} tokens, "
                 f"{self._num_free} of {self.num_pages} are free; give the attention worker more "
                 "memory or run fewer or shorter sequences"
             )
-        self._pages[sequence] = owned
-        self._lengths[sequence] = num_tokens
+        self._pages[lane] = owned
+        self._lengths[lane] = num_tokens
         if missing < 0:
             dropped = owned[missing:]
             del owned[missing:]
@@ -116,16 +131,16 @@ class PageAllocator:
             owned.extend(range(start, stop))
             missing -= stop - start
 
-    def release(self, sequence: int) -> None:
-        """Free all pages of a sequence and forget it. Idempotent."""
-        self._lengths.pop(sequence, None)
-        self._give_back(self._pages.pop(sequence, []))
+    def release(self, lane: Lane) -> None:
+        """Free all pages of a lane and forget it. Idempotent."""
+        self._lengths.pop(lane, None)
+        self._give_back(self._pages.pop(lane, []))
 
     def check_integrity(self) -> list[str]:
         """Everything that is wrong with the books, one sentence each; empty when they are sound."""
         problems = []
         owner: dict[int, str] = {}
-        claims = [(f"sequence {s}", page) for s, pages in self._pages.items() for page in pages]
+        claims = [(str(lane), page) for lane, pages in self._pages.items() for page in pages]
         claims += [("the free list", page) for run in self._free for page in range(*run)]
         for who, page in claims:
             if not 0 <= page < self.num_pages:
@@ -137,13 +152,11 @@ class PageAllocator:
         if lost:
             problems.append(f"{len(lost)} pages are neither owned nor free, the first is {lost[0]}")
         if self._pages.keys() != self._lengths.keys():
-            problems.append("the sequences with pages are not the sequences with a length")
-        for sequence, length in self._lengths.items():
-            need, have = ceil_div(length, self.page_tokens), len(self._pages.get(sequence, ()))
+            problems.append("the lanes with pages are not the lanes with a length")
+        for lane, length in self._lengths.items():
+            need, have = ceil_div(length, self.page_tokens), len(self._pages.get(lane, ()))
             if need != have:
-                problems.append(
-                    f"sequence {sequence} has {length} tokens and {have} pages, not {need}"
-                )
+                problems.append(f"{lane} has {length} tokens and {have} pages, not {need}")
         num_free = sum(stop - start for start, stop in self._free)
         if num_free != self._num_free:
             problems.append(f"{num_free} pages are free but {self._num_free} are counted as free")

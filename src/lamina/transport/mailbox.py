@@ -20,6 +20,9 @@ more from the connection, and the sender's `post` blocks once the connection's o
 Sequence numbers of a mailbox strictly increase, gaps are fine. `wait(n)` discards messages with
 smaller numbers (left over from a step that was given up).
 
+Several links: a thread may wait for messages of several links at once (`native.wait_any`). The
+order above holds within each link alone.
+
 Errors: PeerLost when the other side closed, died or was declared lost with `fail`;
 DeadlineExceeded when a wait passes its deadline; ProtocolMismatch when a message is larger than the
 mailbox or of another length than asked for, when a number does not increase, when a number that can
@@ -35,7 +38,6 @@ Threads: one thread posts and waits; `fail` and `close` may be called from any t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import torch
 
@@ -44,6 +46,14 @@ class Outbox(ABC):
     """The sending end of a mailbox."""
 
     capacity_bytes: int
+
+    @abstractmethod
+    def has_room(self) -> bool:
+        """Whether `post` would not wait for the receiver. Never blocks.
+
+        Over tcp this end knows nothing of the receiver's slots: whether the system would take a
+        small message.
+        """
 
     @abstractmethod
     def post(self, seq: int, *parts: torch.Tensor, deadline: float) -> None:
@@ -94,20 +104,6 @@ class Link(ABC):
 
         Raises:
             CapacityError: the system has not that much.
-        """
-
-    @abstractmethod
-    def wait_any(self, awaited: Sequence[tuple[Inbox, int]], deadline: float) -> int:
-        """Block until `wait` for one of these messages would return or fail at once.
-
-        Takes nothing and ends no view; messages with smaller numbers may be discarded. Meanwhile
-        up to two messages may lie unread in any mailbox.
-
-        Args:
-            awaited: inboxes of this link with the number of the message wanted of each.
-
-        Returns:
-            The index of the first such, in the order given.
         """
 
     @abstractmethod

@@ -34,13 +34,6 @@ class NativeLink(Link):
         except RuntimeError as error:
             raise CapacityError(str(error)) from error
 
-    def wait_any(self, awaited: Sequence[tuple[Inbox, int]], deadline: float) -> int:
-        boxes = []
-        for inbox, seq in awaited:
-            assert isinstance(inbox, NativeInbox), "an inbox of this link"
-            boxes.append((inbox.native, seq))
-        return self.native.wait_any(boxes, deadline)
-
     def fail(self, reason: str) -> None:
         self.native.fail(reason)
 
@@ -55,6 +48,9 @@ class NativeOutbox(Outbox):
         self._link = link  # `native` is a part of it
         self.native = native
         self.capacity_bytes = native.capacity_bytes
+
+    def has_room(self) -> bool:
+        return self.native.has_room()
 
     def post(self, seq: int, *parts: torch.Tensor, deadline: float) -> None:
         pieces = []
@@ -81,3 +77,27 @@ class NativeInbox(Inbox):
         if view.shape[0] != size:
             view = self._views[index] = self._slots[index][:size]
         return view
+
+
+def wait_any(awaited: Sequence[tuple[Inbox, int]], deadline: float) -> int:
+    """Block until `wait` for one of these messages would return or fail at once.
+
+    Takes nothing and ends no view; messages with smaller numbers may be discarded. Meanwhile up to
+    two messages may lie unread in any mailbox.
+
+    Args:
+        awaited: inboxes, of one or several links, with the number of the message wanted of each. An
+            end of a link whose other end it pumps can only be waited for alone.
+        deadline: `time.monotonic()` after which the call gives up.
+
+    Returns:
+        The index of the first such, in the order given.
+
+    Raises:
+        PeerLost: of any of the links, before such a message came. Otherwise as `Inbox.wait`.
+    """
+    boxes = []
+    for inbox, seq in awaited:
+        assert isinstance(inbox, NativeInbox), "an inbox of a native link"
+        boxes.append((inbox.native, seq))
+    return _native.wait_any(boxes, deadline)

@@ -6,10 +6,16 @@
     executor      --OUT----->  model worker  out  of the rows that attend there
     executor      --REPORT-->  engine        when each layer of a step was served
 
-`ExecutorPlan` says in which order the payloads' rows and heads come. Q, KV, OUT and REPORT exist
-once per micro-batch in flight; Q, KV and OUT are numbered by `message_number`, REPORT by the step.
-Where engine and model worker are one process, one link has all of them; otherwise the engine's link
-has PLAN and REPORT, the others have Q, KV and OUT.
+`ExecutorPlan` says in which order the payloads' rows and heads come. Q, KV and OUT exist once per
+micro-batch in flight and are numbered by `message_number`. REPORT exists once per *channel*
+(micro-batch and tensor-parallel rank, `channel_of`) and is numbered by the step. Where engine and
+model worker are one process, one link has all of them; otherwise the engine's link has PLAN and
+REPORT, the others have Q, KV and OUT.
+
+A channel without rows in a step has no messages in it; without rows that attend there is no Q and
+OUT, without rows that are stored no KV. An executor posts no report while two of the channel's are
+unread. Over tcp it cannot know: there the engine sees to it, as it looks for the reports of every
+step before it posts the micro-batch's next plan.
 """
 
 from __future__ import annotations
@@ -24,12 +30,22 @@ _MAILBOXES_PER_MICRO_BATCH = 4
 PLAN_BYTES_PER_SPAN = 96
 PLAN_BASE_BYTES = 4096
 REPORT_BYTES_PER_LAYER = 32
-"""Four float64, seconds of the executor's monotonic clock: attention over cached tokens began (q was
-there) and ended, the rest began (k and v were there) and ended (the output was posted)."""
+"""Four float64, seconds of the executor's monotonic clock: attention over cached tokens began (q
+was there) and ended, the rest began (k and v were there) and ended (the output was posted)."""
+
+
+def rank_of(unit: int, units: int, num_ranks: int) -> int:
+    """The tensor-parallel rank that has a head unit, of `units` in all."""
+    return unit * num_ranks // units
+
+
+def channel_of(micro_batch: int, rank: int, num_ranks: int) -> int:
+    """Number of a channel; with one rank it is that of the micro-batch."""
+    return micro_batch * num_ranks + rank
 
 
 class StepMailboxes(NamedTuple):
-    """Numbers and capacities in bytes of the mailboxes of one micro-batch."""
+    """Numbers and capacities in bytes of the mailboxes of one micro-batch, or channel."""
 
     q: int
     kv: int
@@ -58,7 +74,7 @@ def plan_mailbox_bytes(max_spans: int) -> int:
 def step_mailboxes(
     specs: Sequence[AttentionSpec], itemsize: int, max_rows: int, num_micro_batches: int = 1
 ) -> list[StepMailboxes]:
-    """The mailboxes of every micro-batch.
+    """The mailboxes of every micro-batch; for the REPORTs of several ranks, of every channel.
 
     Args:
         specs: every layer's spec, with all heads that the model worker has (any of them may be

@@ -94,36 +94,55 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class LinkAddress(msgspec.Struct, frozen=True, array_like=True):
+    """Where to open a link, and the one-time secret that proves the right to."""
+
+    address: str
+    """host:port or unix:@name of a listener."""
+    secret: bytes
+
+
 class Assign(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What the worker is to serve: it allocates, answers Assigned, connects the tensor channel."""
+    """What the worker is to serve: it allocates, answers Assigned, opens its links."""
 
     executor: int
     """The worker's executor id."""
     specs: tuple[AttentionSpec, ...]
-    """Every attention layer, cut to the worker's share of the heads."""
+    """Every attention layer, with all heads."""
     sinks: tuple[bytes | None, ...]
-    """Per layer the sink values of the share's query heads, float32; None: no sinks."""
+    """Per layer the sink values of all query heads, float32; None: no sinks."""
+    units: int
+    """Head units of the model (`attention.partition`)."""
+    page_units: int
+    """Head units of the worker's lanes and pages."""
     dtype: str
     """Of q, k, v and the output."""
     kv_cache_dtype: Literal["auto", "int8"]
     num_pages: int
+    """Pages of a lane."""
     page_tokens: int
     max_rows: int
     max_spans: int
-    tensor_address: str
-    """host:port of the engine's listener."""
-    secret: bytes
+    num_micro_batches: int
+    num_ranks: int
+    """Tensor-parallel ranks of each replica of the model."""
+    plan_link: LinkAddress
+    """Of the engine."""
+    tensor_links: tuple[LinkAddress, ...]
+    """Of all ranks of the first replica, then of the next; empty: the plan link carries tensors."""
     fingerprint: str
-    """Of the tensor channel's hello."""
+    """Of the links' hellos."""
     step_deadline_s: float
     busy_poll_s: float
     """How long the worker's waits yield the core before they sleep."""
 
 
 class Assigned(msgspec.Struct, frozen=True, tag=True):
-    """The pages are allocated; the tensor channel comes next."""
+    """The pages are allocated; the links come next."""
 
     num_pages: int
+    read_bytes_per_s: float
+    """How fast the worker's threads read memory together."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):

@@ -1,7 +1,7 @@
 """The attention worker: a process with its own KV pages that serves one engine.
 
 Life: join over the control channel -> receive an assignment (specs, pages, where to connect) ->
-allocate -> connect the tensor channel -> serve steps until told to stop or the engine is gone.
+allocate and measure -> open the links -> serve steps until told to stop or a peer is gone.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from pathlib import Path
 import msgspec
 import torch
 
-from lamina._native import ThreadPool
+from lamina._native import MemoryReader, ThreadPool
 from lamina.attention.executor import AttentionExecutor
+from lamina.attention.partition import shard_specs
 from lamina.errors import DeadlineExceeded, LaminaError
+from lamina.kv.pages import bytes_per_page, cache_dtype_name
 from lamina.transport.control_client import ControlClient, Incoming
 from lamina.transport.handshake import connect
 from lamina.transport.join_token import JoinToken
+from lamina.transport.native import NativeLink
 from lamina.transport.wire import (
     Assign,
     Assigned,
     IntegrityQuery,
     IntegrityReply,
     Join,
+    LinkAddress,
     ShutdownWorker,
     WorkerError,
 )
@@ -38,6 +42,10 @@ logger = logging.getLogger("lamina.attention")
 
 _CONTROL_POLL_S = 0.05
 """How often a worker that has nothing to do looks for control messages."""
+_PROBE_BYTES = 128 << 20
+"""Memory that is read to measure its bandwidth: more than caches hold."""
+_PROBE_S = 0.1
+_PROBE_READS = 5
 
 
 class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,42 +104,44 @@ class _Worker:
     def __init__(self, control: ControlClient, pool: ThreadPool, deadline: float) -> None:
         self._control = control
         self._queries: list[Incoming] = []
+        self._links: list[NativeLink] = []
         incoming = control.receive(deadline)
         assign = incoming.message
         assert isinstance(assign, Assign), "an assignment comes first"
-        dtype: torch.dtype = getattr(torch, assign.dtype)
         try:
-            executor = AttentionExecutor(
-                assign.specs,
-                [_float32(sinks) for sinks in assign.sinks],
-                dtype=dtype,
-                num_pages=assign.num_pages,
-                page_tokens=assign.page_tokens,
-                kv_cache_dtype=assign.kv_cache_dtype,
-                pool=pool,
-            )
+            read_bytes_per_s = _read_speed(assign, pool)
+            self._executor = _executor(assign, pool)
         except LaminaError as error:
             control.reply(incoming, WorkerError(type(error).__name__, str(error)))
             raise
-        control.reply(incoming, Assigned(assign.num_pages))
-        self._executor = executor
-        self._link = connect(
-            assign.tensor_address,
-            assign.secret,
-            assign.fingerprint,
-            control.name,
-            deadline,
-            busy_poll_s=assign.busy_poll_s,
-        )
+        control.reply(incoming, Assigned(assign.num_pages, read_bytes_per_s))
+        plan_link = self._open(assign, assign.plan_link, deadline)
+        tensor_links = [self._open(assign, link, deadline) for link in assign.tensor_links]
         self._server = ExecutorServer(
-            self._link,
-            executor,
-            assign.specs,
-            dtype=dtype,
+            plan_link,
+            self._executor,
+            dtype=getattr(torch, assign.dtype),
             max_rows=assign.max_rows,
             max_spans=assign.max_spans,
             step_deadline_s=assign.step_deadline_s,
+            num_micro_batches=assign.num_micro_batches,
+            tensor_links=[
+                tensor_links[i : i + assign.num_ranks]
+                for i in range(0, len(tensor_links), assign.num_ranks)
+            ],
         )
+
+    def _open(self, assign: Assign, link: LinkAddress, deadline: float) -> NativeLink:
+        opened = connect(
+            link.address,
+            link.secret,
+            assign.fingerprint,
+            self._control.name,
+            deadline,
+            busy_poll_s=assign.busy_poll_s,
+        )
+        self._links.append(opened)
+        return opened
 
     def serve(self) -> None:
         """Steps and control messages, until ShutdownWorker."""
@@ -139,7 +149,8 @@ class _Worker:
             while not self._handle_control():
                 self._server.serve(time.monotonic() + _CONTROL_POLL_S)
         finally:
-            self._link.close()
+            for link in self._links:
+                link.close()
 
     def _handle_control(self) -> bool:
         """Answer what has come; True when told to stop."""
@@ -188,6 +199,36 @@ def integrity(executor: AttentionExecutor) -> IntegrityReply:
         pages_total=executor.num_pages,
         sequences=tuple(executor.sequences),
     )
+
+
+def _executor(assign: Assign, pool: ThreadPool) -> AttentionExecutor:
+    return AttentionExecutor(
+        assign.specs,
+        [_float32(sinks) for sinks in assign.sinks],
+        dtype=getattr(torch, assign.dtype),
+        num_pages=assign.num_pages,
+        page_tokens=assign.page_tokens,
+        units=assign.units,
+        page_units=assign.page_units,
+        num_ranks=assign.num_ranks,
+        kv_cache_dtype=assign.kv_cache_dtype,
+        pool=pool,
+    )
+
+
+def _read_speed(assign: Assign, pool: ThreadPool) -> float:
+    """Bytes per second that the pool's threads read together: the best of some tries.
+
+    As much memory as the pages take, up to `_PROBE_BYTES`; takes about 0.2 s at most.
+    """
+    specs = shard_specs(assign.specs, 0, assign.page_units, assign.units)
+    cache_dtype = cache_dtype_name(assign.kv_cache_dtype, assign.dtype)
+    page_bytes = bytes_per_page(specs, assign.page_tokens, cache_dtype)
+    reader = MemoryReader(min(assign.num_pages * page_bytes, _PROBE_BYTES), pool)
+    seconds: list[float] = []
+    while len(seconds) < _PROBE_READS and sum(seconds) < _PROBE_S:
+        seconds.append(reader.read())
+    return reader.size / min(seconds)
 
 
 def _float32(data: bytes | None) -> torch.Tensor | None:

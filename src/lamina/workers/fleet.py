@@ -12,7 +12,7 @@ import torch
 
 from lamina import _native
 from lamina.attention.executor import AttentionExecutor
-from lamina.attention.partition import query_head_range, shard_specs
+from lamina.attention.partition import head_units
 from lamina.attention.spec import fingerprint
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
@@ -24,8 +24,10 @@ from lamina.transport.native import NativeLink
 from lamina.transport.topology import step_mailboxes
 from lamina.transport.wire import (
     Assign,
+    Assigned,
     IntegrityQuery,
     IntegrityReply,
+    LinkAddress,
     ShutdownWorker,
     WorkerError,
 )
@@ -58,6 +60,8 @@ class ExecutorFleet:
         """The model worker's ends of the links to all executors."""
         self.plan_ends: list[PlanEnd] = []
         """The engine's ends of the same links."""
+        self.read_bytes_per_s: dict[int, float] = {}
+        """How fast each remote executor reads memory, measured when it joined."""
         self._config = config
         self._model = model
         self._deployment = deployment
@@ -150,13 +154,15 @@ class ExecutorFleet:
 
     def _start_local(self, pool: _native.ThreadPool) -> AttentionExecutor:
         model, deployment = self._model, self._deployment
-        specs = model.attention_specs
+        units = head_units(model.attention_specs)
         executor = AttentionExecutor(
-            specs,
+            model.attention_specs,
             model.sinks,
             dtype=model.dtype,
             num_pages=deployment.num_pages[LOCAL],
             page_tokens=self._config.block_size,
+            units=units,
+            page_units=deployment.page_units[LOCAL],
             kv_cache_dtype=self._config.kv_cache_dtype,
             pool=pool,
         )
@@ -164,11 +170,11 @@ class ExecutorFleet:
         server = ExecutorServer(
             theirs,
             executor,
-            specs,
             dtype=model.dtype,
             max_rows=self._config.max_num_batched_tokens,
             max_spans=self._config.max_num_seqs,
             step_deadline_s=self._config.step_deadline_s,
+            num_micro_batches=deployment.max_depth,
         )
         self._connect(LOCAL, ours, on_plan=server.take_plan)
         return executor
@@ -227,28 +233,25 @@ class ExecutorFleet:
         self, control: ControlServer, listener: Listener, executor: int, deadline: float
     ) -> None:
         config, model, deployment = self._config, self._model, self._deployment
-        partition = deployment.partition
-        assert partition is not None
-        share = (0, partition.units, partition.units)
-        specs = shard_specs(model.attention_specs, *share)
         dtype = str(model.dtype).removeprefix("torch.")
         name, secret = self._names[executor], secrets.token_bytes(32)
-        digest = fingerprint(specs, dtype)
+        digest = fingerprint(model.attention_specs, dtype)
         assign = Assign(
             executor=executor,
-            specs=specs,
-            sinks=tuple(
-                None if sinks is None else _bytes(sinks[slice(*query_head_range(spec, *share))])
-                for spec, sinks in zip(model.attention_specs, model.sinks, strict=True)
-            ),
+            specs=model.attention_specs,
+            sinks=tuple(None if sinks is None else _bytes(sinks) for sinks in model.sinks),
+            units=head_units(model.attention_specs),
+            page_units=deployment.page_units[executor],
             dtype=dtype,
             kv_cache_dtype=config.kv_cache_dtype,
             num_pages=deployment.num_pages[executor],
             page_tokens=config.block_size,
             max_rows=config.max_num_batched_tokens,
             max_spans=config.max_num_seqs,
-            tensor_address=listener.address,
-            secret=secret,
+            num_micro_batches=deployment.max_depth,
+            num_ranks=1,
+            plan_link=LinkAddress(listener.address, secret),
+            tensor_links=(),
             fingerprint=digest,
             step_deadline_s=config.step_deadline_s,
             busy_poll_s=config.busy_poll_s,
@@ -257,6 +260,8 @@ class ExecutorFleet:
         if isinstance(reply, WorkerError):
             error = CapacityError if reply.kind == CapacityError.__name__ else EngineDead
             raise error(f"{name}: {reply.message}")
+        assert isinstance(reply, Assigned), f"{name} answered {type(reply).__name__}"
+        self.read_bytes_per_s[executor] = reply.read_bytes_per_s
         link = listener.accept({secret: (name, digest)}, deadline)
         self._connect(executor, link)
 

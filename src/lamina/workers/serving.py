@@ -1,4 +1,4 @@
-"""The executor's side of a link: plans in, then the native layer loop.
+"""The executor's side of its links: plans in, then the native layer loop.
 
 The same code serves the local executor (pumped by the model worker's wait) and a remote one (the
 loop of an attention worker's process). Python takes up each plan; the layers of its step pass
@@ -15,11 +15,14 @@ import torch
 
 from lamina import _native
 from lamina.attention.executor import AttentionExecutor
-from lamina.attention.spec import AttentionSpec
+from lamina.attention.partition import shard_specs
 from lamina.errors import ProtocolMismatch
+from lamina.sched.rotation import replica_of
 from lamina.transport.native import NativeLink
 from lamina.transport.topology import (
     PLAN_MAILBOX,
+    StepMailboxes,
+    channel_of,
     message_number,
     plan_mailbox_bytes,
     step_mailboxes,
@@ -30,36 +33,56 @@ _decode_plan = msgspec.msgpack.Decoder(ExecutorPlan).decode
 
 
 class ExecutorServer:
-    """Serves one attention executor over the mailboxes of one link."""
+    """Serves one attention executor over the mailboxes of its links."""
 
     def __init__(
         self,
         link: NativeLink,
         executor: AttentionExecutor,
-        specs: Sequence[AttentionSpec],
         *,
         dtype: torch.dtype,
         max_rows: int,
         max_spans: int,
         step_deadline_s: float,
+        num_micro_batches: int = 1,
+        tensor_links: Sequence[Sequence[NativeLink]] = (),
     ) -> None:
         """
         Args:
-            specs: every layer, cut to the executor's share.
+            link: of the engine: for plans and reports.
             dtype: of q, k, v and the output.
+            tensor_links: per replica of the model, and per tensor-parallel rank of the executor,
+                the link for q, k, v and outputs; empty: `link` is for them too.
         """
         self.executor = executor
         self.num_plans = 0
         """Plans taken up so far."""
         self._link = link
-        self._num_layers = len(specs)
+        self._num_micro_batches = num_micro_batches
+        num_ranks, specs = executor.num_ranks, executor.specs
+        replicas = tensor_links or [[link]]
+        assert all(len(links) == num_ranks for links in replicas), "a link per rank and replica"
+        self._tensor_links = replicas
         self._plans = link.inbox(PLAN_MAILBOX, plan_mailbox_bytes(max_spans))
+        rank_specs = shard_specs(specs, 0, executor.units // num_ranks, executor.units)
+        mailboxes = step_mailboxes(rank_specs, dtype.itemsize, max_rows, num_micro_batches)
+        boxes: list[list[list[_Boxes]]] = [
+            [[_open(rank_link, m) for m in mailboxes] for rank_link in links] for links in replicas
+        ]
+        reports = step_mailboxes(specs, dtype.itemsize, max_rows, num_micro_batches * num_ranks)
+        channels = []
+        for micro_batch in range(num_micro_batches):
+            in_turn = [replica_of(micro_batch, k, len(replicas)) for k in range(len(replicas))]
+            for rank in range(num_ranks):
+                report = reports[channel_of(micro_batch, rank, num_ranks)]
+                channels.append(
+                    (
+                        [boxes[replica][rank][micro_batch] for replica in in_turn],
+                        link.outbox(report.report, report.report_bytes).native,
+                    )
+                )
         self.loop = _native.LayerLoop(
-            link.native,
-            executor.native,
-            self._plans.native,
-            step_mailboxes(specs, dtype.itemsize, max_rows),
-            step_deadline_s,
+            executor.native, self._plans.native, channels, step_deadline_s
         )
 
     def serve(self, wake_at: float) -> None:
@@ -70,7 +93,7 @@ class ExecutorServer:
 
         Raises:
             DeadlineExceeded: the model worker fell silent in a step.
-            PeerLost, ProtocolMismatch: the link failed.
+            PeerLost, ProtocolMismatch: a link failed.
             CapacityError: a plan needs more pages than there are.
         """
         if self.loop.serve(self.num_plans + 1, wake_at):
@@ -90,6 +113,25 @@ class ExecutorServer:
             raise ProtocolMismatch(
                 f"unreadable step plan: {error}", peer=self._link.peer
             ) from error
-        schedule = self.executor.begin(plan)
-        first_number = message_number(plan.step, 0, self._num_layers)
-        self.loop.add(plan.micro_batch, first_number, schedule)
+        if not 0 <= plan.micro_batch < self._num_micro_batches:
+            raise ProtocolMismatch(
+                f"a plan of micro-batch {plan.micro_batch}, of {self._num_micro_batches}",
+                peer=self._link.peer,
+            )
+        schedules = self.executor.begin(plan)
+        first_message = message_number(plan.step, 0, len(self.executor.specs))
+        for rank, schedule in enumerate(schedules):
+            channel = channel_of(plan.micro_batch, rank, len(schedules))
+            self.loop.add(channel, plan.step, first_message, schedule)
+
+
+_Boxes = tuple[_native.Inbox, _native.Inbox, _native.Outbox]
+
+
+def _open(link: NativeLink, mailboxes: StepMailboxes) -> _Boxes:
+    """A micro-batch's ends of Q, KV and OUT."""
+    return (
+        link.inbox(mailboxes.q, mailboxes.q_bytes).native,
+        link.inbox(mailboxes.kv, mailboxes.kv_bytes).native,
+        link.outbox(mailboxes.out, mailboxes.out_bytes).native,
+    )

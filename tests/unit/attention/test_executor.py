@@ -85,7 +85,9 @@ def test_a_sequence_released_and_begun_again_in_one_plan_starts_empty() -> None:
     restart = plan_of((1, 3, 0), step=2, releases=(1,))
     run_step(executor, restart, rows_for(restart))
     assert executor.length(1) == 3
-    with pytest.raises(ProtocolMismatch, match="sequence 1 after 3 tokens, but 0 are stored"):
+    with pytest.raises(
+        ProtocolMismatch, match=r"sequence 1 \(from head unit 0\) after 3 tokens, but 0 are stored"
+    ):
         executor.begin(plan_of((1, 1, 3), step=3, releases=(1,)))
 
 
@@ -97,7 +99,9 @@ def test_a_plan_that_builds_on_missing_tokens_is_refused(plan: ExecutorPlan) -> 
     prompt = plan_of((1, 8, 0))
     run_step(executor, prompt, rows_for(prompt))
     span = plan.spans[0]
-    with pytest.raises(ProtocolMismatch, match=f"step 9 continues sequence {span.sequence} after"):
+    with pytest.raises(
+        ProtocolMismatch, match=rf"step 9 continues sequence {span.sequence} .* after"
+    ):
         executor.begin(plan)
     assert executor.length(1) == 8
     assert executor.sequences == (1,)
@@ -105,7 +109,7 @@ def test_a_plan_that_builds_on_missing_tokens_is_refused(plan: ExecutorPlan) -> 
 
 def test_too_few_pages_are_a_capacity_error_and_the_books_stay_sound() -> None:
     executor = make_executor(num_pages=2)
-    with pytest.raises(CapacityError, match="sequence 2 needs 2 more KV pages for 5 tokens"):
+    with pytest.raises(CapacityError, match=r"sequence 2 .* needs 2 more KV pages for 5 tokens"):
         executor.begin(plan_of((1, 4, 0), (2, 5, 0)))
     assert executor.check_integrity() == []
     executor.begin(plan_of(step=2, releases=(1, 2)))

@@ -14,7 +14,7 @@ import pytest
 
 from lamina import _native
 from lamina.errors import DeadlineExceeded, PeerLost, ProtocolMismatch
-from lamina.transport.native import NativeLink
+from lamina.transport.native import NativeLink, wait_any
 from lamina.transport.wire import PROTOCOL_VERSION
 
 Raw = tuple[socket.socket, NativeLink]
@@ -125,11 +125,11 @@ def test_a_full_mailbox_pushes_back(raw: Raw) -> None:
     inbox, answers = link.inbox(1, 4096), link.inbox(2, 64)
     for n in range(1, 6):
         ours.sendall(pack_frame_header(1, n, 4096) + bytes([n]) * 4096)
-    assert link.wait_any([(inbox, 1)], soon()) == 0
+    assert wait_any([(inbox, 1)], soon()) == 0
     first = inbox.wait(1, soon())
     for _ in range(10):
         with contextlib.suppress(DeadlineExceeded):
-            link.wait_any([(inbox, 1000)], soon(-1))
+            wait_any([(inbox, 1000)], soon(-1))
         assert first.tolist() == [1] * 4096
     with pytest.raises(ProtocolMismatch, match="message 2 of mailbox 1 can no longer come"):
         inbox.wait(2, soon())
@@ -178,7 +178,7 @@ def test_wrong_expectations_of_what_comes_next_lose_nothing(raw: Raw, seed: int)
         for begin, end in pairwise([0, *cuts, len(stream)]):
             ours.sendall(stream[begin:end])
             with contextlib.suppress(DeadlineExceeded):
-                link.wait_any([(boxes[random.choice([1, 2])], round_number)], soon(-1))
+                wait_any([(boxes[random.choice([1, 2])], round_number)], soon(-1))
         for m in random.sample([1, 2], 2):
             view = boxes[m].wait(round_number, soon(), num_bytes=lengths[m])
             assert bytes(view.numpy()) == bytes([(round_number + m) % 251]) * lengths[m]
