@@ -1,4 +1,4 @@
-// One function per folder adds its classes to the module.
+// Functions that add the classes of a folder, or of a part of it, to the module.
 #pragma once
 
 #include <nanobind/nanobind.h>

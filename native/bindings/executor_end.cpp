@@ -11,7 +11,6 @@
 #include "bindings/bindings.h"
 #include "bindings/dtypes.h"
 #include "bindings/interruptible.h"
-#include "bindings/mailboxes.h"
 #include "worker/merge.h"
 
 namespace nb = nanobind;
@@ -21,6 +20,9 @@ namespace {
 
 using UnitSizes = std::tuple<size_t, size_t, size_t, size_t, int64_t, int64_t>;
 using PieceNumbers = std::array<int64_t, 4>;
+
+/// As `lamina.transport.topology.StepMailboxes`: q, kv, out and report, then their bytes.
+using MailboxNumbers = std::array<size_t, 8>;
 
 std::vector<LayerUnit> layer_units(const std::vector<UnitSizes>& layers) {
   std::vector<LayerUnit> units;
@@ -36,6 +38,16 @@ std::vector<Piece> pieces_of(const std::vector<PieceNumbers>& numbers) {
     pieces.push_back({row, num_rows, unit, num_units});
   }
   return pieces;
+}
+
+std::vector<StepMailboxes> step_mailboxes(const std::vector<MailboxNumbers>& micro_batches) {
+  std::vector<StepMailboxes> mailboxes;
+  for (const auto& [q, kv, out, report, q_bytes, kv_bytes, out_bytes, report_bytes] :
+       micro_batches) {
+    mailboxes.push_back({static_cast<uint16_t>(q), static_cast<uint16_t>(kv),
+                         static_cast<uint16_t>(out), q_bytes, kv_bytes, out_bytes});
+  }
+  return mailboxes;
 }
 
 const std::byte* memory(uintptr_t address) { return reinterpret_cast<const std::byte*>(address); }

@@ -20,8 +20,8 @@ struct LayerUnit {
 
 /// Mailboxes of one micro-batch: their ids and capacities in bytes.
 struct StepMailboxes {
-  uint16_t q, kv, out, report;
-  size_t q_bytes, kv_bytes, out_bytes, report_bytes;
+  uint16_t q, kv, out;
+  size_t q_bytes, kv_bytes, out_bytes;
 };
 
 /// An executor's output over its own tokens only, in its mailbox.
@@ -50,7 +50,7 @@ class ExecutorEnd {
   void post_kv(int micro_batch, int layer, uint64_t number, const std::byte* k, const std::byte* v,
                double deadline);
 
-  /// Whether the output is here, or none will come. Never blocks; does not see failures.
+  /// Whether the output is here, or none will come. Never blocks.
   bool has_out(int micro_batch, uint64_t number);
 
   /// The executor's output: memory of the mailbox, valid until the next call for the same micro-batch.

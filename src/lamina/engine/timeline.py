@@ -133,6 +133,8 @@ class Timeline:
                 if pending.record.step == report.step:
                     pending.reports[report.executor] = report.times
                     break
+            else:
+                self._early.setdefault(report.step, {})[report.executor] = report.times
         while len(self._early) > _MOST_LATE:  # they came too late
             del self._early[next(iter(self._early))]
         while self._pending and (

@@ -12,7 +12,6 @@ import torch
 
 from lamina import _native
 from lamina.attention.executor import AttentionExecutor
-from lamina.attention.partition import head_units
 from lamina.attention.spec import fingerprint
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
@@ -154,14 +153,13 @@ class ExecutorFleet:
 
     def _start_local(self, pool: _native.ThreadPool) -> AttentionExecutor:
         model, deployment = self._model, self._deployment
-        units = head_units(model.attention_specs)
         executor = AttentionExecutor(
             model.attention_specs,
             model.sinks,
             dtype=model.dtype,
             num_pages=deployment.num_pages[LOCAL],
             page_tokens=self._config.block_size,
-            units=units,
+            units=deployment.units,
             page_units=deployment.page_units[LOCAL],
             kv_cache_dtype=self._config.kv_cache_dtype,
             pool=pool,
@@ -240,7 +238,7 @@ class ExecutorFleet:
             executor=executor,
             specs=model.attention_specs,
             sinks=tuple(None if sinks is None else _bytes(sinks) for sinks in model.sinks),
-            units=head_units(model.attention_specs),
+            units=deployment.units,
             page_units=deployment.page_units[executor],
             dtype=dtype,
             kv_cache_dtype=config.kv_cache_dtype,
