@@ -10,6 +10,7 @@ from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import torch
 
 from lamina.config import THREAD_ENVIRONMENT, EngineConfig
@@ -33,7 +34,7 @@ class Stretch(NamedTuple):
     """In the order in which they ended; some began before the stretch, or ended after it."""
 
 
-class WorkerWeights(NamedTuple):
+class WorkerWeights(msgspec.Struct, frozen=True):
     """The attention workers' shares of new work."""
 
     num_steps: int

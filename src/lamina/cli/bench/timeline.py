@@ -34,8 +34,8 @@ _HEIGHT = 0.6
 def timeline(
     file: Annotated[Path, typer.Argument(help="PNG or SVG file to write.")],
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "qwen3-0.5b",
-    batch: Annotated[int, typer.Option(help="Sequences.", min=1)] = 64,
-    context: Annotated[int, typer.Option(help="Tokens of each.", min=1)] = 512,
+    batch: Annotated[int, typer.Option(help="Sequences.", min=1)] = 16,
+    context: Annotated[int, typer.Option(help="Tokens of each.", min=1)] = 1024,
     attention_workers: Annotated[int, typer.Option(help="How many.", min=1)] = 1,
     pipeline_depth: Annotated[int, typer.Option(help="Micro-batches in flight.", min=1)] = 2,
     replicas: Annotated[int, typer.Option(help="Model replicas.", min=1)] = 1,
