@@ -19,6 +19,8 @@ void bind_core(nb::module_& module) {
   nb::class_<ThreadPool>(module, "ThreadPool")
       .def(nb::init<int, std::vector<int>>(), nb::arg("num_threads"),
            nb::arg("cores") = std::vector<int>())
+      .def("grow", &ThreadPool::grow, nb::arg("num_threads"),
+           nb::arg("cores") = std::vector<int>())
       .def_prop_ro("num_threads", &ThreadPool::num_threads);
 }
 

@@ -11,6 +11,7 @@
 #include "bindings/bindings.h"
 #include "bindings/dtypes.h"
 #include "bindings/interruptible.h"
+#include "transport/slots.h"
 #include "worker/merge.h"
 
 namespace nb = nanobind;
@@ -60,13 +61,13 @@ void bind_executor_end(nb::module_& module) {
   nb::class_<ExecutorEnd>(module, "ExecutorEnd")
       .def(
           "__init__",
-          [](ExecutorEnd* self, Link& link, const std::vector<UnitSizes>& layers,
+          [](ExecutorEnd* self, Link& link, Link& out_link, const std::vector<UnitSizes>& layers,
              int64_t num_units, int64_t page_units,
              const std::vector<MailboxNumbers>& mailboxes) {
-            new (self) ExecutorEnd(link, layer_units(layers), num_units, page_units,
+            new (self) ExecutorEnd(link, out_link, layer_units(layers), num_units, page_units,
                                    step_mailboxes(mailboxes));
           },
-          nb::keep_alive<1, 2>())
+          nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
       .def("begin",
            [](ExecutorEnd& self, int micro_batch, const std::vector<PieceNumbers>& attending,
               const std::vector<PieceNumbers>& stored, bool is_partial) {
@@ -89,6 +90,12 @@ void bind_executor_end(nb::module_& module) {
              return self.attending(micro_batch).is_whole(num_rows);
            })
       .def("has_out", &ExecutorEnd::has_out)
+      .def(
+          "out_inbox",
+          [](ExecutorEnd& self, int micro_batch) -> SlotInbox& {
+            return dynamic_cast<SlotInbox&>(self.out_inbox(micro_batch));
+          },
+          nb::rv_policy::reference)
       .def(
           "wait_out",
           [](ExecutorEnd& self, int micro_batch, int layer, uint64_t number, double deadline) {

@@ -18,12 +18,12 @@ namespace lamina {
 namespace {
 
 using Boxes = std::tuple<SlotInbox*, SlotInbox*, Outbox*>;
-using Channel = std::pair<std::vector<Boxes>, Outbox*>;
+using Channel = std::tuple<std::vector<Boxes>, Outbox*, int, int>;
 
 std::vector<LayerLoop::Channel> channels_of(const std::vector<Channel>& given) {
   std::vector<LayerLoop::Channel> channels;
-  for (const auto& [all_boxes, report] : given) {
-    LayerLoop::Channel channel{{}, report};
+  for (const auto& [all_boxes, report, first_layer, layer_step] : given) {
+    LayerLoop::Channel channel{{}, report, first_layer, layer_step};
     for (const auto& [q, kv, out] : all_boxes) channel.boxes.push_back({q, kv, out});
     channels.push_back(std::move(channel));
   }

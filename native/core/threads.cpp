@@ -23,7 +23,10 @@ void pin(std::thread& thread, int core) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads, std::vector<int> cores) {
+ThreadPool::ThreadPool(int num_threads, std::vector<int> cores) { grow(num_threads, cores); }
+
+void ThreadPool::grow(int num_threads, const std::vector<int>& cores) {
+  if (!workers_.empty()) throw std::logic_error("this pool has its threads already");
   if (num_threads < 1) throw std::invalid_argument("a thread pool has at least one thread");
   if (!cores.empty() && static_cast<int>(cores.size()) < num_threads) {
     throw std::invalid_argument("give a core for each of the " + std::to_string(num_threads) +

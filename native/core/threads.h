@@ -19,6 +19,10 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
+  /// Give a pool of one thread its others. A pool that is made ahead of a fork has none: threads do
+  /// not survive it. No job may run meanwhile. Throws std::logic_error for a pool that has several.
+  void grow(int num_threads, const std::vector<int>& cores = {});
+
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
   /// Call job(i) for every thread i in [0, num_threads), in parallel; the caller is thread 0.

@@ -4,14 +4,14 @@
 
 namespace lamina {
 
-ExecutorEnd::ExecutorEnd(Link& link, std::vector<LayerUnit> layers, int64_t num_units,
+ExecutorEnd::ExecutorEnd(Link& link, Link& out_link, std::vector<LayerUnit> layers, int64_t num_units,
                          int64_t page_units, std::span<const StepMailboxes> mailboxes)
     : layers_(std::move(layers)), num_units_(num_units), page_units_(page_units) {
   for (const StepMailboxes& boxes : mailboxes) {
     Channel channel;
     channel.q = &link.outbox(boxes.q, boxes.q_bytes);
     channel.kv = &link.outbox(boxes.kv, boxes.kv_bytes);
-    channel.out = &link.inbox(boxes.out, boxes.out_bytes);
+    channel.out = &out_link.inbox(boxes.out, boxes.out_bytes);
     channels_.push_back(std::move(channel));
   }
 }

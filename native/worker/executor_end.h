@@ -34,8 +34,9 @@ struct PartialOutput {
 /// hands out the executor's output where it lies. One step at a time per micro-batch; one thread.
 class ExecutorEnd {
  public:
-  /// The link must outlive this. `num_units`: of every row; `page_units`: of the executor's lanes.
-  ExecutorEnd(Link& link, std::vector<LayerUnit> layers, int64_t num_units, int64_t page_units,
+  /// The links must outlive this. `out_link`: where outputs come from, `link` itself unless another
+  /// replica's executor sends them. `num_units`: of every row; `page_units`: of the executor's lanes.
+  ExecutorEnd(Link& link, Link& out_link, std::vector<LayerUnit> layers, int64_t num_units, int64_t page_units,
               std::span<const StepMailboxes> mailboxes);
 
   /// The micro-batch's next step: what attends here, what is stored here, and whether the outputs are
@@ -61,6 +62,9 @@ class ExecutorEnd {
 
   /// Wait for the output and copy it to its rows and heads of out [T, ...].
   void collect_out(int micro_batch, int layer, uint64_t number, std::byte* out, double deadline);
+
+  /// The mailbox of the outputs.
+  Inbox& out_inbox(int micro_batch) { return *channels_.at(micro_batch).out; }
 
   /// What attends here in the micro-batch's present step.
   const Pieces& attending(int micro_batch) const { return channels_[micro_batch].attending; }

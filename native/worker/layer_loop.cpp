@@ -46,8 +46,14 @@ void LayerLoop::add(size_t channel, uint64_t number, uint64_t first_message,
   Step step;
   step.schedule = std::move(schedule);
   step.number = number;
-  step.message = first_message;
+  step.layer = served.channel.first_layer;
+  step.message = first_message + static_cast<uint64_t>(step.layer);
   step.times.resize(static_cast<size_t>(executor_.num_layers()));
+  if (step.layer >= executor_.num_layers()) {
+    post_report(served, step);
+    end_step(*step.schedule);
+    return;
+  }
   expect_layer(step);
   served.steps.push_back(std::move(step));
 }
@@ -188,8 +194,10 @@ void LayerLoop::finish(const Due& due, const std::byte* k, const std::byte* v) {
     executor_.finish(*step.schedule, step.layer, k, v, nullptr);
   }
   step.times[static_cast<size_t>(step.layer)].finish_end = monotonic_s();
-  ++step.message;
-  if (++step.layer < executor_.num_layers()) {
+  const int layer_step = due.served->channel.layer_step;
+  step.message += static_cast<uint64_t>(layer_step);
+  step.layer += layer_step;
+  if (step.layer < executor_.num_layers()) {
     expect_layer(step);
   } else {
     post_report(*due.served, step);

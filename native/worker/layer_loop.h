@@ -30,9 +30,13 @@ class LayerLoop {
     Outbox* out;
   };
   /// q, k and v of layer l come through boxes[l mod R], the output goes through boxes[(l + 1) mod R].
+  /// Layers `first_layer`, `first_layer + layer_step`, ... are served here; the executors of other
+  /// model ranks have the others.
   struct Channel {
     std::vector<Boxes> boxes;
     Outbox* report;
+    int first_layer = 0;
+    int layer_step = 1;
   };
 
   /// All of these must outlive this.

@@ -22,6 +22,12 @@ class ThreadPool:
     def __init__(self, num_threads: int, cores: list[int] = ...) -> None:
         """`cores`: pin thread i to cores[i] (thread 0 is the caller, which is not pinned)."""
 
+    def grow(self, num_threads: int, cores: list[int] = ...) -> None:
+        """Give a pool of one thread, made ahead of a fork, its others. No job may run meanwhile.
+
+        Raises RuntimeError for a pool that has several.
+        """
+
     @property
     def num_threads(self) -> int: ...
 
@@ -265,6 +271,7 @@ class ExecutorEnd:
     def __init__(
         self,
         link: Link,
+        out_link: Link,
         layers: Sequence[_UnitSizes],
         num_units: int,
         page_units: int,
@@ -272,6 +279,7 @@ class ExecutorEnd:
     ) -> None:
         """
         Args:
+            out_link: where outputs come from; `link` unless another replica's executor sends them.
             num_units: head units of every row.
             page_units: head units of each of the executor's lanes.
             mailboxes: `lamina.transport.topology.StepMailboxes` per micro-batch.
@@ -307,6 +315,9 @@ class ExecutorEnd:
     def has_out(self, micro_batch: int, number: int) -> bool:
         """Whether the output is here or none will come. Never blocks."""
 
+    def out_inbox(self, micro_batch: int) -> Inbox:
+        """The mailbox of the outputs. Belongs to its link."""
+
     def wait_out(self, micro_batch: int, layer: int, number: int, deadline: float) -> int:
         """Address of the output in the mailbox; valid until the next wait."""
 
@@ -338,7 +349,7 @@ class LayerLoop:
         self,
         executor: AttentionExecutor,
         plans: Inbox,
-        channels: Sequence[tuple[Sequence[tuple[Inbox, Inbox, Outbox]], Outbox]],
+        channels: Sequence[tuple[Sequence[tuple[Inbox, Inbox, Outbox]], Outbox, int, int]],
         step_deadline_s: float,
     ) -> None:
         """Mailboxes and their links must outlive it.
@@ -346,7 +357,8 @@ class LayerLoop:
         Args:
             plans: the mailbox whose next message ends `serve`.
             channels: for each its mailboxes for q, k and v, and the output at every replica, that
-                of layer 0 first; and that for reports.
+                of layer 0 first; that for reports; its first layer, and how many layers on its next
+                one is.
         """
 
     def add(self, channel: int, number: int, first_message: int, schedule: StepSchedule) -> None:

@@ -54,26 +54,42 @@ class Rows:
     @property
     def attending_q(self) -> Tensor:
         """[A, Hq of a lane, Dk]."""
-        return self._pack(self.q, [span.num_attending for span in self._plan.spans])
+        return self.payloads()[0]
 
     @property
     def stored_k(self) -> Tensor:
         """[N, Hkv of a lane, Dk]."""
-        return self._pack(self.k, [span.num_stored for span in self._plan.spans])
+        return self.payloads()[1]
 
     @property
     def stored_v(self) -> Tensor:
         """[N, Hkv of a lane, Dv]."""
-        return self._pack(self.v, [span.num_stored for span in self._plan.spans])
+        return self.payloads()[2]
 
-    def _pack(self, x_THD: Tensor, counts: list[int]) -> Tensor:
+    def payloads(self, units: range | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The attending rows of q, and the stored ones of k and v, lane by lane.
+
+        Args:
+            units: of one tensor-parallel rank; None: of all.
+        """
+        units = range(self._units) if units is None else units
+        attending = [span.num_attending for span in self._plan.spans]
+        stored = [span.num_stored for span in self._plan.spans]
+        return (
+            self._pack(self.q, attending, units),
+            self._pack(self.k, stored, units),
+            self._pack(self.v, stored, units),
+        )
+
+    def _pack(self, x_THD: Tensor, counts: list[int], units: range) -> Tensor:
         heads = x_THD.shape[1] // self._units
         pieces = [x_THD[:0, : heads * self._page_units]]
         row = 0
         for span, count in zip(self._plan.spans, counts, strict=True):
             for unit in range(span.unit_start, span.unit_stop, self._page_units):
-                columns = slice(unit * heads, (unit + self._page_units) * heads)
-                pieces.append(x_THD[row : row + count, columns])
+                if unit in units:
+                    columns = slice(unit * heads, (unit + self._page_units) * heads)
+                    pieces.append(x_THD[row : row + count, columns])
             row += rows_of(span)
         return torch.cat(pieces)
 
@@ -83,17 +99,25 @@ def rows_of(span: ExecutorSpan) -> int:
     return max(span.num_attending, span.num_stored)
 
 
-def unpack(plan: ExecutorPlan, x: Tensor, page_units: int = 1) -> list[Tensor]:
-    """Per span that attends its rows with all heads of its units, from a payload lane by lane."""
+def unpack(
+    plan: ExecutorPlan, x: Tensor, page_units: int = 1, units: range | None = None
+) -> list[Tensor]:
+    """Per span that attends its rows with all heads of its units, from a payload lane by lane.
+
+    Args:
+        units: of one tensor-parallel rank; None: of all.
+    """
     wholes = []
     row = 0
     for span in plan.spans:
         lanes = []
-        for _ in range(span.unit_start, span.unit_stop, page_units):
-            lanes.append(x[row : row + span.num_attending])
-            row += span.num_attending
+        for unit in range(span.unit_start, span.unit_stop, page_units):
+            if units is None or unit in units:
+                lanes.append(x[row : row + span.num_attending])
+                row += span.num_attending
         if span.num_attending:
-            wholes.append(torch.cat(lanes, dim=1))
+            empty = x.new_empty(span.num_attending, 0, x.shape[2])
+            wholes.append(torch.cat([empty, *lanes], dim=1))
     assert row == len(x)
     return wholes
 

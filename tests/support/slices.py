@@ -57,3 +57,26 @@ def run_slices(model: SlicedModel, sequences: list[torch.Tensor]) -> list[torch.
     assert logits.dtype == model.dtype
     assert all(value is None for value in state.values), "every value is dropped after its last use"
     return list(logits.float().split(lengths))
+
+
+def run_in_turns(models: list[SlicedModel], ids: torch.Tensor) -> torch.Tensor:
+    """One sequence over replicas: slice i runs on models[i % n]; float32 logits [T, V]."""
+    num_rows = len(ids)
+    states = [m.begin(ids, torch.arange(num_rows), torch.arange(num_rows)) for m in models]
+    attention_output = payload = None
+    for layer in range(models[0].num_layers + 1):
+        model, state = models[layer % len(models)], states[layer % len(models)]
+        if layer and payload is not None:
+            state.attention_output = attention_output
+            model.import_context(layer - 1, state, payload)
+        if layer == model.num_layers:
+            return model.run_last(state).float()
+        q = model.run_q(layer, state)
+        k, v = model.run_kv(layer, state)
+        model.run_deferred(layer, state)
+        spec, sinks = model.attention_specs[layer], model.sinks[layer]
+        attention_output = plain_attention(q, k, v, spec, sinks)
+        parts = model.export_context(layer, state)
+        payload = torch.cat([part.view(-1).view(torch.uint8) for part in parts])
+        assert len(payload) == model.context_bytes(layer, num_rows)
+    raise AssertionError("the last slice returns")

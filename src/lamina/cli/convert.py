@@ -27,13 +27,17 @@ def convert(
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="Computing and storage type; auto: the checkpoint's."),
     ] = "auto",
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="Show rank 0 of so many (with --explain or --json).")
+    ] = 1,
 ) -> None:
     """Cut a model at its attention ops, check that its weights load, and describe the result."""
+    from lamina.convert import TensorParallel, convert_structure
     from lamina.convert import convert as convert_model
-    from lamina.convert import convert_structure
 
     if explain or json:
-        explanation = convert_structure(model, dtype=dtype).explain()
+        parallel = TensorParallel(rank=0, size=tensor_parallel_size)
+        explanation = convert_structure(model, dtype=dtype, parallel=parallel).explain()
         if json:
             print(msgspec.json.encode(explanation).decode())
         else:
@@ -57,7 +61,8 @@ def _table(explanation: Explanation) -> Table:
         title=f"{explanation.model}: {explanation.architecture}, {explanation.dtype}, "
         f"{explanation.num_layers} attention ops, {explanation.num_programs} programs",
         caption="Bytes are per token. q, then k and v are sent; the deferred part runs while "
-        f"attention is away. Once per step: {_stage(explanation.once_per_step)}.",
+        f"attention is away. Once per step: {_stage(explanation.once_per_step)}."
+        + _rank(explanation),
         show_lines=True,
     )
     for column in ("Layer", "Before q", "Before k, v", "Deferred", "Carried over the cut"):
@@ -82,6 +87,19 @@ def _table(explanation: Explanation) -> Table:
         _hop(explanation.layers),
     )
     return table
+
+
+def _rank(explanation: Explanation) -> str:
+    if (parallel := explanation.tensor_parallel) is None:
+        return ""
+    whole = (
+        f", whole on every rank: {', '.join(parallel.replicated)}" if parallel.replicated else ""
+    )
+    return (
+        f" Rank {parallel.rank} of {parallel.size} has {_bytes(parallel.sharded_bytes)} of weights "
+        f"in part and {_bytes(parallel.replicated_bytes)} whole{whole}; "
+        f"{_bytes(parallel.all_reduce_bytes_per_token)} are all-reduced per token."
+    )
 
 
 def _hop(layers: Sequence[LayerSummary]) -> str:
@@ -112,7 +130,8 @@ def _stage(stage: StageSummary) -> str:
     inner = [n for n in stage.modules if not any(o.startswith(f"{n}.") for o in stage.modules)]
     # The row names the layer; what precedes its number is the same everywhere.
     short = dict.fromkeys(re.sub(r"^.*?\.\d+\.|^model\.", "", name) for name in inner)
-    return f"{stage.num_ops} ops: {', '.join(short)}"
+    collectives = "".join(f"\n{c.kind}: {_bytes(c.bytes_per_token)}" for c in stage.collectives)
+    return f"{stage.num_ops} ops: {', '.join(short)}{collectives}"
 
 
 def _bytes(count: int) -> str:

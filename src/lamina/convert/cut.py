@@ -9,8 +9,8 @@ A value is of one of four kinds, which its inputs decide:
   Never carried: computed once per step wherever slices run, from the position ids.
 - *rows*: everything else. Attention i's result and what is computed from it exist only after
   attention i; its level is i. Before any attention op the level is -1.
-- *heavy* rows: an op that reads a weight matrix. It is computed once and never again, as early as
-  possible: what needs no attention result runs in the shadow of the hop.
+- *heavy* rows: an op that reads a weight matrix or speaks to other ranks. It is computed once and
+  never again, as early as possible: what needs no attention result runs in the shadow of the hop.
 
 Cut i separates what is computed before attention i's result arrives from what needs it. It is a
 minimum vertex cut: each value of rows is an edge in -> out whose capacity is its bytes per token;

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from lamina.convert.collectives import COLLECTIVES
 from lamina.convert.cut import UNCARRIABLE, Dataflow
 from lamina.convert.trace import Trace, qkv_of
 
@@ -63,7 +64,7 @@ def read_values(trace: Trace) -> Values:
         inputs = node.all_input_nodes
         if any(n in number for n in inputs):
             number[node] = len(rows)
-            if any(n in matrices for n in inputs):
+            if node.target in COLLECTIVES or any(n in matrices for n in inputs):
                 heavy.add(len(rows))
             rows.append(node)
         elif any(n in step for n in inputs):

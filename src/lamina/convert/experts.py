@@ -20,6 +20,7 @@ def expert_linear(
     bias_EO: torch.Tensor | None,
     expert_N: torch.Tensor,
     transposed: bool,
+    first_expert: int = 0,
 ) -> torch.Tensor:
     """Row n through expert `expert_N[n]`'s linear layer.
 
@@ -27,20 +28,25 @@ def expert_linear(
         rows_ND: [N, D].
         weight_EOD: [E, O, D], or [E, D, O] when `transposed`.
         bias_EO: [E, O] or None.
-        expert_N: [N] int64, each in [0, E).
+        expert_N: [N] int64, not negative.
+        first_expert: the weights are those of experts [first_expert, first_expert + E).
 
     Returns:
-        [N, O], in the order of `rows_ND`.
+        [N, O], in the order of `rows_ND`; zeros for rows of other experts.
     """
     num_out = weight_EOD.shape[2] if transposed else weight_EOD.shape[1]
     out_NO = rows_ND.new_empty(rows_ND.shape[0], num_out)
     order_N = torch.argsort(expert_N, stable=True)
-    start = 0
-    for expert, count in enumerate(torch.bincount(expert_N, minlength=len(weight_EOD)).tolist()):
+    stop = 0
+    for number, count in enumerate(torch.bincount(expert_N, minlength=len(weight_EOD)).tolist()):
         if count == 0:
             continue
-        chosen = order_N[start : start + count]
-        start += count
+        chosen = order_N[stop : stop + count]
+        stop += count
+        expert = number - first_expert
+        if not 0 <= expert < len(weight_EOD):
+            out_NO[chosen] = 0
+            continue
         weight_OD = weight_EOD[expert].t() if transposed else weight_EOD[expert]
         bias_O = None if bias_EO is None else bias_EO[expert]
         out_NO[chosen] = torch.nn.functional.linear(rows_ND[chosen], weight_OD, bias_O)
@@ -54,6 +60,7 @@ def _expert_linear_fake(
     bias_EO: torch.Tensor | None,
     expert_N: torch.Tensor,
     transposed: bool,
+    first_expert: int = 0,
 ) -> torch.Tensor:
     return rows_ND.new_empty(rows_ND.shape[0], weight_EOD.shape[2 if transposed else 1])
 

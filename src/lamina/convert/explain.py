@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import re
+from typing import Any, Literal
 
 import msgspec
 import torch
 from torch import fx
 
+from lamina.convert.collectives import ALL_REDUCE, COLLECTIVES
 from lamina.convert.dataflow import bytes_per_token
 from lamina.convert.independence import module_of
 from lamina.convert.program import Stage
 from lamina.convert.slices import SlicedModel
+from lamina.convert.trace import Trace
 
 
 class CarriedTensor(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,12 +28,24 @@ class CarriedTensor(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_token: int
 
 
+class CollectiveSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One collective of a tensor-parallel rank."""
+
+    kind: Literal["all_reduce", "all_gather"]
+    module: str
+    """The module whose result the ranks put together."""
+    bytes_per_token: int
+    """Of the result; of logits per row that yields some."""
+
+
 class StageSummary(msgspec.Struct, frozen=True, kw_only=True):
     """The ops of one stage."""
 
     num_ops: int
     modules: tuple[str, ...]
     """The model's modules that run here, each once, in order."""
+    collectives: tuple[CollectiveSummary, ...] = ()
+    """In the order in which all ranks run them."""
 
 
 class LayerSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +66,26 @@ class LayerSummary(msgspec.Struct, frozen=True, kw_only=True):
     out_bytes_per_token: int
     window: int | None
 
+    @property
+    def collectives(self) -> tuple[CollectiveSummary, ...]:
+        """Those of all stages of the slice."""
+        return (*self.q.collectives, *self.kv.collectives, *self.deferred.collectives)
+
+
+class TensorParallelSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank of several has. All counts but the collectives' are of weights."""
+
+    rank: int
+    size: int
+    sharded_bytes: int
+    """Parts of weights."""
+    replicated_bytes: int
+    """Weights that every rank has whole."""
+    replicated: tuple[str, ...]
+    """The matrices among those; * stands for the layers' numbers."""
+    all_reduce_bytes_per_token: int
+    """Over all layers and the last slice."""
+
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """The result of `SlicedModel.explain`."""
@@ -71,6 +105,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """q, k, v and attention outputs of all layers."""
     carried_bytes_per_token: int
     """Over all cuts."""
+    tensor_parallel: TensorParallelSummary | None = None
+    """Whose share it is; None: the whole model."""
 
     def __str__(self) -> str:
         lines = [
@@ -83,9 +119,21 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
             lines.append(
                 f"  cut {layer.layer}: carries {carried or 'nothing'}; "
                 f"q {layer.q.num_ops} ops, k and v {layer.kv.num_ops}, "
-                f"deferred {layer.deferred.num_ops}"
+                f"deferred {layer.deferred.num_ops}" + _reduced(layer.collectives)
+            )
+        if (parallel := self.tensor_parallel) is not None:
+            whole = ", ".join(parallel.replicated) or "no matrix"
+            lines.append(f"  logits{_reduced(self.last.collectives)}")
+            lines.append(
+                f"  rank {parallel.rank} of {parallel.size}: {parallel.sharded_bytes} bytes of "
+                f"weights in part, {parallel.replicated_bytes} whole ({whole}); all-reduces "
+                f"{parallel.all_reduce_bytes_per_token} bytes per token"
             )
         return "\n".join(lines)
+
+
+def _reduced(collectives: tuple[CollectiveSummary, ...]) -> str:
+    return "".join(f"; {c.kind} {c.module} ({c.bytes_per_token} B)" for c in collectives)
 
 
 def explain(model: SlicedModel) -> Explanation:
@@ -135,6 +183,7 @@ def explain(model: SlicedModel) -> Explanation:
                 window=spec.window,
             )
         )
+    last = _summary(structure.stages[-1][0])
     return Explanation(
         model=model.name,
         architecture=model.architecture,
@@ -143,12 +192,37 @@ def explain(model: SlicedModel) -> Explanation:
         num_programs=model.num_programs,
         once_per_step=_summary(structure.prologue),
         layers=tuple(layers),
-        last=_summary(structure.stages[-1][0]),
+        last=last,
         hop_bytes_per_token=sum(
             x.q_bytes_per_token + x.k_bytes_per_token + x.v_bytes_per_token + x.out_bytes_per_token
             for x in layers
         ),
         carried_bytes_per_token=sum(x.carried_bytes_per_token for x in layers),
+        tensor_parallel=_tensor_parallel(
+            trace, (*(c for x in layers for c in x.collectives), *last.collectives)
+        ),
+    )
+
+
+def _tensor_parallel(
+    trace: Trace, collectives: tuple[CollectiveSummary, ...]
+) -> TensorParallelSummary | None:
+    if trace.parallel is None:
+        return None
+    whole = {name: n.meta["val"] for n, name in trace.weights.items() if n not in trace.shards}
+    return TensorParallelSummary(
+        rank=trace.parallel.rank,
+        size=trace.parallel.size,
+        sharded_bytes=sum(n.meta["val"].nbytes for n in trace.shards),
+        replicated_bytes=sum(value.nbytes for value in whole.values()),
+        replicated=tuple(
+            dict.fromkeys(
+                re.sub(r"\.\d+\.", ".*.", name) for name, v in whole.items() if v.dim() >= 2
+            )
+        ),
+        all_reduce_bytes_per_token=sum(
+            c.bytes_per_token for c in collectives if c.kind == "all_reduce"
+        ),
     )
 
 
@@ -171,6 +245,31 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def _summary(stage: Stage | None) -> StageSummary:
-    nodes: Iterable[fx.Node] = stage.nodes if stage is not None else ()
+    nodes: tuple[fx.Node, ...] = stage.nodes if stage is not None else ()
     modules = tuple(dict.fromkeys(module_of(node) for node in nodes))
-    return StageSummary(num_ops=stage.program.num_ops if stage else 0, modules=modules)
+    return StageSummary(
+        num_ops=stage.program.num_ops if stage else 0,
+        modules=modules,
+        collectives=tuple(
+            CollectiveSummary(
+                kind="all_reduce" if node.target is ALL_REDUCE else "all_gather",
+                module=module_of(node),
+                bytes_per_token=_bytes_per_row(node.meta["val"]),
+            )
+            for node in nodes
+            if node.target in COLLECTIVES
+        ),
+    )
+
+
+def _bytes_per_row(value: torch.Tensor) -> int:
+    """Size of a tensor whose unknown sizes are 1."""
+    count = value.dtype.itemsize
+    sizes: Any = value.shape
+    for size in sizes:
+        if isinstance(size, torch.SymInt):
+            expression = size.node.expr
+            count *= int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
+        else:
+            count *= size
+    return count

@@ -9,12 +9,16 @@ A slice runs in stages, each one call of a program with a prebuilt argument list
 Between slices the caller computes attention and sets `state.attention_output`. Values live in a
 flat list of slots in the SliceState; a slot is emptied after the last stage that reads it.
 
+Replicas of the model may take turns within a step: each begins it with a state of its own; who ran
+slice i exports its context, who runs slice i + 1 imports that.
+
 Shapes: T rows, R rows that yield logits, Hq query and Hkv KV heads, Dk and Dv head sizes, V
 vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +27,13 @@ import torch
 from torch import fx
 
 from lamina.attention.spec import AttentionSpec
+from lamina.convert.context import (
+    ContextValue,
+    context_bytes,
+    context_values,
+    pack_context,
+    unpack_context,
+)
 from lamina.convert.cut import CannotCut, SliceOrder, cut
 from lamina.convert.dataflow import Values, read_values
 from lamina.convert.passes import Passes
@@ -42,10 +53,11 @@ _LOGIT_ROWS_SLOT = 2
 class SliceState:
     """One micro-batch between its slices. The caller owns it; it is used by one step only."""
 
-    __slots__ = ("attention_output", "values")
+    __slots__ = ("attention_output", "num_rows", "values")
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, num_rows: int) -> None:
         self.values: list[Any] = [None] * num_slots
+        self.num_rows = num_rows
         self.attention_output: torch.Tensor | None = None
         """[T, Hq, Dv] of the last attention op, set before the next slice runs."""
 
@@ -148,12 +160,17 @@ def build_structure(trace: Trace) -> Structure:
         orders=orders,
         stages=tuple(stages),
         num_programs=len(table),
-        specs=tuple(_spec(layer, node) for layer, node in enumerate(trace.attention)),
+        specs=attention_specs(trace),
     )
 
 
 def _inputs(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return {n for node in nodes for n in node.all_input_nodes}
+
+
+def attention_specs(trace: Trace) -> tuple[AttentionSpec, ...]:
+    """What each attention op of the trace computes."""
+    return tuple(_spec(layer, node) for layer, node in enumerate(trace.attention))
 
 
 def _spec(layer: int, attention: fx.Node) -> AttentionSpec:
@@ -250,6 +267,8 @@ class SlicedModel:
             )
         self.slices: tuple[Slice, ...] = tuple(slices)
         self._num_slots = len(slots)
+        self._slots = slots
+        self._contexts: dict[int, tuple[ContextValue, ...]] = {}
 
     @property
     def num_layers(self) -> int:
@@ -260,6 +279,12 @@ class SlicedModel:
     def num_programs(self) -> int:
         """Distinct programs; does not grow with the number of equal layers."""
         return self.structure.num_programs
+
+    def with_sinks(self, sinks: Sequence[torch.Tensor | None]) -> SlicedModel:
+        """The same model with sinks that are known from elsewhere, for one without weights."""
+        model = copy.copy(self)
+        model.sinks = tuple(sinks)
+        return model
 
     def optimize(self, pool: ThreadPool, *, compile: bool = False, isa: str | None = None) -> None:
         """Rewrite all stages to run in native code on the pool's threads, with packed weights.
@@ -298,7 +323,7 @@ class SlicedModel:
             logit_rows_R: [R] int64 in [0, T), the rows whose logits `run_last` returns; R may be 0.
         """
         assert self._has_weights, "a model from convert_structure has no weights to run with"
-        state = SliceState(self._num_slots)
+        state = SliceState(self._num_slots, len(input_ids_T))
         state.values[: _LOGIT_ROWS_SLOT + 1] = (
             input_ids_T.unsqueeze(0),
             position_ids_T.unsqueeze(0),
@@ -337,6 +362,37 @@ class SlicedModel:
             return torch.empty(0, self.vocab_size, dtype=self.dtype)
         logits: torch.Tensor = self._enter(self.num_layers, state)[-1]
         return logits.squeeze(0)
+
+    def context_bytes(self, layer: int, num_rows: int) -> int:
+        """Size of what `export_context` takes out of a state of `num_rows` rows.
+
+        Raises:
+            ConversionError: a value cannot be moved between replicas.
+        """
+        return context_bytes(self._context(layer), num_rows)
+
+    def export_context(self, layer: int, state: SliceState) -> list[torch.Tensor]:
+        """What later slices need of slice `layer` and those before it, taken out of the state.
+
+        Called after `run_deferred`. The tensors are contiguous and the caller's.
+        """
+        return pack_context(self._context(layer), state.values)
+
+    def import_context(self, layer: int, state: SliceState, payload: torch.Tensor) -> None:
+        """Continue after slice `layer`, which another replica ran, with what it exported.
+
+        Args:
+            payload: uint8 [context_bytes], the exported tensors one after the other; not changed,
+                and in use until this state's next export or import.
+        """
+        unpack_context(self._context(layer), state.values, payload, state.num_rows)
+
+    def _context(self, layer: int) -> tuple[ContextValue, ...]:
+        edge = self._contexts.get(layer)
+        if edge is None:
+            edge = context_values(self.structure.trace, self.slices[layer].carried, self._slots)
+            self._contexts[layer] = edge
+        return edge
 
     def _enter(self, layer: int, state: SliceState) -> tuple[Any, ...]:
         part = self.slices[layer]

@@ -24,10 +24,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lamina.convert import experts
+from lamina.convert.collectives import TensorParallel
 from lamina.convert.functional import make_functional
 from lamina.convert.graph import simplify
 from lamina.convert.independence import find_row_mixing
 from lamina.convert.op import attention as attention_op
+from lamina.convert.shard import Shard
 from lamina.errors import ConversionError
 
 _IMPLEMENTATION = "lamina"
@@ -61,6 +63,10 @@ class Trace:
     """Placeholders of parameters and buffers -> the name in the transformers model."""
     constants: dict[fx.Node, torch.Tensor]
     """Placeholders of tensors that the model's code created."""
+    shards: dict[fx.Node, Shard] = field(default_factory=dict)
+    """The weights that are a part of the named tensor, and which part; of the others it is all."""
+    parallel: TensorParallel | None = None
+    """Which rank's graph it is; None: the whole model's."""
 
 
 def qkv_of(attention: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:

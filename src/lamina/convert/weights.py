@@ -96,6 +96,9 @@ def load_tensors(
 ) -> dict[fx.Node, torch.Tensor]:
     """Values of the trace's weights and constants, on the CPU, sharing the loaded model's memory.
 
+    Of a weight that the trace has in part, a copy of that part is kept and the rest is freed,
+    tensor by tensor. A part that can be a view of a tensor that is kept whole anyway is one.
+
     Args:
         load_format: `dummy` makes random weights from `seed` instead of reading any.
 
@@ -110,7 +113,23 @@ def load_tensors(
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    tensors = {node: state[name].detach() for node, name in trace.weights.items()}
+    del model
+    tensors = {
+        node: state[name].detach()
+        for node, name in trace.weights.items()
+        if node not in trace.shards
+    }
+    whole = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    parts: dict[str, list[fx.Node]] = {}
+    for node in trace.shards:
+        parts.setdefault(trace.weights[node], []).append(node)
+    for name in list(state):
+        tensor = state.pop(name).detach()
+        is_kept = tensor.untyped_storage().data_ptr() in whole
+        for node in parts.get(name, ()):
+            shard = trace.shards[node]
+            view = shard.view_of(tensor) if is_kept else None
+            tensors[node] = shard.of(tensor) if view is None else view
     return {**tensors, **trace.constants}
 
 

@@ -21,6 +21,7 @@ import zmq
 from lamina.errors import ConfigError, DeadlineExceeded, PeerLost, ProtocolMismatch
 from lamina.transport.control_loop import ControlLoop
 from lamina.transport.join_token import JoinToken
+from lamina.transport.rank_wire import LostPeer
 from lamina.transport.wire import (
     PROTOCOL_VERSION,
     ControlMessage,
@@ -78,7 +79,8 @@ class ControlServer(ControlLoop):
             heartbeat_interval_s: how often both sides say that they are alive.
             heartbeat_timeout_s: a peer that is silent for longer is lost.
             on_lost: called once for each peer that is lost, with its name and the reason, from the
-                thread that noticed; it must not block. Not called by `close`.
+                thread that noticed; it must not block. Not called by `close`. Peers may also tell
+                of others that are lost, even of some that never joined.
 
         Raises:
             ConfigError: the address cannot be listened on.
@@ -229,6 +231,10 @@ class ControlServer(ControlLoop):
                 self.declare_lost(peer.name, f"{kind}: {text}")
             case Goodbye(reason):
                 self.declare_lost(peer.name, f"left: {reason}")
+            case LostPeer(name, reason) if name in self._peers:
+                self.declare_lost(name, reason)
+            case LostPeer(name, reason):  # one that never joined, or joined elsewhere
+                self._notify(self._on_lost, name, reason)
 
     def _admit(self, identity: bytes, request: JoinRequest) -> None:
         join = request.join

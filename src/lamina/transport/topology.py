@@ -16,6 +16,16 @@ A channel without rows in a step has no messages in it; without rows that attend
 OUT, without rows that are stored no KV. An executor posts no report while two of the channel's are
 unread. Over tcp it cannot know: there the engine sees to it, as it looks for the reports of every
 step before it posts the micro-batch's next plan.
+
+Ranks in processes of their own (`workers/rank.py`) have two more kinds of links:
+
+    engine        --STEP---->  rank          plan and inputs of a step, msgpack
+    rank          --RESULT-->  engine        its times, its local executor's, and the logits
+    rank          --CONTEXT->  next replica  what the next slice needs of those before it
+    rank          --OUT----->  next replica  of the rank's local executor
+    first rank    --TURN---->  others        of its replica: the micro-batch whose slice is next
+
+Q, KV and OUT between ranks and executors are those above.
 """
 
 from __future__ import annotations
@@ -95,3 +105,42 @@ def step_mailboxes(
             PLAN_MAILBOX + 1 + _MAILBOXES_PER_MICRO_BATCH * m for m in range(num_micro_batches)
         )
     ]
+
+
+STEP_MAILBOX = 1
+TURN_MAILBOX = 1
+"""Numbered 1, 2, 3, ...; a micro-batch's number."""
+TURN_BYTES = 8
+_BYTES_PER_SHARE = 32
+_BYTES_PER_ROW = 24
+"""Token, position and logit row, int64."""
+_STEP_ARRAYS_BYTES = 64
+
+
+def step_mailbox_bytes(max_rows: int, max_spans: int, max_shares: int) -> int:
+    """Capacity of STEP, numbered 1, 2, 3, ... per link.
+
+    Args:
+        max_shares: most shares of all spans of a step, in `attend_on` and `store_on` together.
+    """
+    return (
+        plan_mailbox_bytes(max_spans)
+        + _STEP_ARRAYS_BYTES
+        + _BYTES_PER_ROW * max_rows
+        + _BYTES_PER_SHARE * max_shares
+    )
+
+
+def result_mailbox(micro_batch: int) -> int:
+    """RESULT of a micro-batch, numbered by the step."""
+    return STEP_MAILBOX + 1 + micro_batch
+
+
+def context_mailbox(micro_batch: int, num_micro_batches: int) -> int:
+    """CONTEXT of a micro-batch, numbered by step and slice; on a ring's link, beside OUT."""
+    return PLAN_MAILBOX + 1 + _MAILBOXES_PER_MICRO_BATCH * num_micro_batches + micro_batch
+
+
+def context_number(step: int, slice_index: int, num_slices: int) -> int:
+    """Number of the context that a slice needs."""
+    return step * num_slices + slice_index

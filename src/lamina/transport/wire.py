@@ -24,6 +24,7 @@ import msgspec
 
 from lamina.attention.spec import AttentionSpec
 from lamina.errors import ConfigError, ProtocolMismatch
+from lamina.transport.rank_wire import AssignRank, ConnectRank, LostPeer, RankAssigned
 
 PROTOCOL_VERSION = 1
 """Of the tensor channel and the control messages together; both sides must run the same."""
@@ -190,6 +191,10 @@ ControlMessage = (
     | Refused
     | Assign
     | Assigned
+    | AssignRank
+    | RankAssigned
+    | ConnectRank
+    | LostPeer
     | Heartbeat
     | IntegrityQuery
     | IntegrityReply

@@ -35,6 +35,7 @@ from lamina.workers.attention import WorkerStart, integrity, run_attention_worke
 from lamina.workers.deployment import Deployment
 from lamina.workers.plans import PlanEnd
 from lamina.workers.process import WorkerProcess
+from lamina.workers.ranks import ModelRanks
 from lamina.workers.routes import ExecutorEnd
 from lamina.workers.serving import ExecutorServer
 
@@ -42,6 +43,11 @@ logger = logging.getLogger("lamina.workers")
 
 _CLOSE_GRACE_S = 3.0
 _QUERY_TIMEOUT_S = 10.0
+
+
+def worker_name(executor: int) -> str:
+    """What an attention worker is called that the engine starts."""
+    return f"attention-worker-{executor}"
 
 
 class ExecutorFleet:
@@ -52,19 +58,20 @@ class ExecutorFleet:
         config: EngineConfig,
         model: SlicedModel,
         deployment: Deployment,
-        pool: _native.ThreadPool,
+        pool: _native.ThreadPool | None,
+        ranks: ModelRanks | None,
     ) -> None:
         """Prepare; `start` is the way to get a running fleet."""
         self.ends: list[ExecutorEnd] = []
-        """The model worker's ends of the links to all executors."""
+        """The model worker's ends of the same links; none where ranks of their own have them."""
         self.plan_ends: list[PlanEnd] = []
-        """The engine's ends of the same links."""
+        """The engine's ends of the links to all executors that it posts plans to."""
         self.read_bytes_per_s: dict[int, float] = {}
         """How fast each remote executor reads memory, measured when it joined."""
         self._config = config
         self._model = model
         self._deployment = deployment
-        self._names = {e: f"attention-worker-{e}" for e in deployment.remote} | {LOCAL: "local"}
+        self._names = {e: worker_name(e) for e in deployment.remote} | {LOCAL: "local"}
         self._executors = {name: e for e, name in self._names.items()}
         self._processes: dict[int, WorkerProcess] = {}
         self._links: dict[int, NativeLink] = {}
@@ -72,7 +79,8 @@ class ExecutorFleet:
         self._lock = threading.Lock()
         self._closing = False
         self._control: ControlServer | None = None
-        self._local = self._start_local(pool)
+        self._ranks = ranks
+        self._local = None if pool is None else self._start_local(pool)
 
     @classmethod
     def start(
@@ -80,18 +88,23 @@ class ExecutorFleet:
         config: EngineConfig,
         model: SlicedModel,
         deployment: Deployment,
-        pool: _native.ThreadPool,
+        *,
+        pool: _native.ThreadPool | None = None,
+        ranks: ModelRanks | None = None,
     ) -> ExecutorFleet:
         """Start all executors and connect them.
 
         Args:
+            model: with ranks, its structure and sinks are enough.
             pool: the model worker's threads, which the local executor uses when slices do not.
+            ranks: instead of a pool: the model's ranks, which have local executors of their own and
+                wait for the attention workers.
 
         Raises:
             CapacityError: a cache's memory cannot be had.
             EngineDead: a worker process did not start.
         """
-        fleet = cls(config, model, deployment, pool)
+        fleet = cls(config, model, deployment, pool, ranks)
         try:
             if deployment.remote:
                 fleet._start_remote()
@@ -99,6 +112,11 @@ class ExecutorFleet:
             fleet.close()
             raise
         return fleet
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Of the attention workers' processes."""
+        return {executor: process.pid for executor, process in self._processes.items()}
 
     def name(self, executor: int) -> str:
         return self._names[executor]
@@ -108,7 +126,9 @@ class ExecutorFleet:
         return self._lost.get(executor)
 
     def check(self) -> None:
-        """PeerLost if any executor is lost."""
+        """PeerLost if any executor, or a rank, is lost."""
+        if self._ranks is not None:
+            self._ranks.check()
         for executor, reason in list(self._lost.items()):
             raise PeerLost(reason, peer=self._names[executor])
 
@@ -119,9 +139,12 @@ class ExecutorFleet:
             PeerLost, DeadlineExceeded: a worker does not answer.
         """
         reports: dict[int, IntegrityReply] = {}
+        if self._local is not None:
+            reports[LOCAL] = integrity(self._local)
+        elif self._ranks is not None:
+            reports[LOCAL] = self._ranks.integrity()
         for end in self.plan_ends:
             if end.executor == LOCAL:
-                reports[LOCAL] = integrity(self._local)
                 continue
             assert self._control is not None
             name = self._names[end.executor]
@@ -233,6 +256,7 @@ class ExecutorFleet:
         config, model, deployment = self._config, self._model, self._deployment
         dtype = str(model.dtype).removeprefix("torch.")
         name, secret = self._names[executor], secrets.token_bytes(32)
+        tensor_links = () if self._ranks is None else self._ranks.tensor_links(name)
         digest = fingerprint(model.attention_specs, dtype)
         assign = Assign(
             executor=executor,
@@ -247,9 +271,9 @@ class ExecutorFleet:
             max_rows=config.max_num_batched_tokens,
             max_spans=config.max_num_seqs,
             num_micro_batches=deployment.max_depth,
-            num_ranks=1,
+            num_ranks=deployment.tensor_parallel_size,
             plan_link=LinkAddress(listener.address, secret),
-            tensor_links=(),
+            tensor_links=tensor_links,
             fingerprint=digest,
             step_deadline_s=config.step_deadline_s,
             busy_poll_s=config.busy_poll_s,
@@ -266,27 +290,34 @@ class ExecutorFleet:
     def _connect(
         self, executor: int, link: NativeLink, on_plan: Callable[[], None] | None = None
     ) -> None:
-        config, model, deployment = self._config, self._model, self._deployment
-        self.ends.append(
-            ExecutorEnd(
-                executor,
-                link,
-                model.attention_specs,
-                dtype=model.dtype,
-                max_rows=config.max_num_batched_tokens,
-                page_units=deployment.page_units[executor],
-                num_micro_batches=deployment.max_depth,
-            )
-        )
-        mailboxes = step_mailboxes(
-            model.attention_specs,
-            model.dtype.itemsize,
-            config.max_num_batched_tokens,
-            deployment.max_depth,
+        model, deployment, config = self._model, self._deployment, self._config
+        max_rows, num_ranks = config.max_num_batched_tokens, deployment.tensor_parallel_size
+        channels = step_mailboxes(
+            model.attention_specs, model.dtype.itemsize, max_rows, deployment.max_depth * num_ranks
         )
         self.plan_ends.append(
-            PlanEnd(executor, link, mailboxes, max_spans=config.max_num_seqs, on_plan=on_plan)
+            PlanEnd(
+                executor,
+                link,
+                channels,
+                max_spans=config.max_num_seqs,
+                num_ranks=num_ranks,
+                units=deployment.units,
+                on_plan=on_plan,
+            )
         )
+        if self._ranks is None:
+            self.ends.append(
+                ExecutorEnd(
+                    executor,
+                    link,
+                    model.attention_specs,
+                    dtype=model.dtype,
+                    max_rows=max_rows,
+                    page_units=deployment.page_units[executor],
+                    num_micro_batches=deployment.max_depth,
+                )
+            )
         with self._lock:
             self._links[executor] = link
             reason = self._lost.get(executor)
@@ -311,6 +342,8 @@ class ExecutorFleet:
         logger.error("%s is lost: %s", name, reason)
         if link is not None:
             link.fail(reason)
+        if self._ranks is not None:
+            self._ranks.note_lost(name, reason)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -45,6 +45,9 @@ class ContextPort(Protocol):
     def is_ready(self, micro_batch: int, slice_index: int) -> bool:
         """Whether `receive` would not wait."""
 
+    def awaited(self, micro_batch: int, slice_index: int) -> tuple[_native.Inbox, int]:
+        """The message that `receive` takes."""
+
     def receive(
         self, micro_batch: int, slice_index: int, state: SliceState, deadline: float
     ) -> None:
@@ -169,6 +172,18 @@ class ModelWorker:
         if not step.outputs.are_here(step.first_number + index - 1):
             return False
         return self._context is None or self._context.is_ready(micro_batch, index)
+
+    def missing(self, micro_batch: int) -> list[tuple[_native.Inbox, int]]:
+        """The messages that the micro-batch's next slice here still waits for. Never blocks."""
+        step = self._steps[micro_batch]
+        assert step is not None, "a step was begun"
+        index = self.turns.slice_of(micro_batch)
+        if index == 0:
+            return []
+        messages = step.outputs.missing(step.first_number + index - 1)
+        if self._context is not None and not self._context.is_ready(micro_batch, index):
+            messages.append(self._context.awaited(micro_batch, index))
+        return messages
 
     def run_next(self) -> tuple[int, torch.Tensor | None]:
         """Run the slice whose turn it is; a step must be in flight. Otherwise as `advance`.

@@ -53,6 +53,10 @@ class Outputs:
         """Whether `wait` would not wait for another process. Never blocks."""
         return all(route.has_out(number) for route in self._remote)
 
+    def missing(self, number: int) -> list[tuple[_native.Inbox, int]]:
+        """The messages of other processes that `wait` would wait for. Never blocks."""
+        return [r.awaited_out(number) for r in self._remote if not r.has_out(number)]
+
     def wait(self, layer: int, number: int, deadline: float) -> torch.Tensor:
         """The layer's output; overwritten when that of the second layer after it is waited for."""
         shape = self._shapes[layer]

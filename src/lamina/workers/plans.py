@@ -10,10 +10,18 @@ import numpy as np
 import torch
 
 from lamina.transport.native import NativeLink
-from lamina.transport.topology import PLAN_MAILBOX, StepMailboxes, plan_mailbox_bytes
+from lamina.transport.topology import (
+    PLAN_MAILBOX,
+    StepMailboxes,
+    channel_of,
+    plan_mailbox_bytes,
+)
 from lamina.types import ExecutorPlan
 
 _encode_plan = msgspec.msgpack.Encoder().encode
+
+
+Times = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Report(NamedTuple):
@@ -21,7 +29,7 @@ class Report(NamedTuple):
 
     executor: int
     step: int
-    times: np.ndarray[Any, np.dtype[np.float64]]
+    times: Times
     """[layers, 4], seconds of the executor's monotonic clock: attention over cached tokens
     began and ended, the rest began and ended. Zeros where there was nothing to do."""
 
@@ -40,12 +48,16 @@ class PlanEnd:
         mailboxes: Sequence[StepMailboxes],
         *,
         max_spans: int,
+        num_ranks: int = 1,
+        units: int = 1,
         on_plan: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
-            mailboxes: of every micro-batch.
+            mailboxes: of every channel (`topology.channel_of`).
             max_spans: most sequences of one step.
+            num_ranks: tensor-parallel ranks of the model worker.
+            units: head units of the model, of which each rank has an equal part.
             on_plan: called after a plan is posted; runs the executor's side of it where that side
                 lives in this very thread.
         """
@@ -54,7 +66,9 @@ class PlanEnd:
         """Plans posted so far."""
         self._plans = link.outbox(PLAN_MAILBOX, plan_mailbox_bytes(max_spans))
         self._inboxes = [link.inbox(boxes.report, boxes.report_bytes) for boxes in mailboxes]
-        self._due: dict[int, int] = {}  # step, by micro-batch
+        self._num_ranks = num_ranks
+        self._units = units
+        self._due: dict[int, int] = {}  # step, by channel
         self._taken: list[Report] = []
         self._on_plan = on_plan
 
@@ -64,10 +78,12 @@ class PlanEnd:
         Blocks until the executor is done with the micro-batch's step before. That is only where it
         had rows to store and none to attend to; everything else was waited for.
         """
-        if part.micro_batch in self._due:
-            self._take(part.micro_batch, deadline)
-        if part.spans:
-            self._due[part.micro_batch] = part.step
+        for rank in range(self._num_ranks):
+            channel = channel_of(part.micro_batch, rank, self._num_ranks)
+            if channel in self._due:
+                self._take(channel, deadline)
+            if self._has_rows(part, rank):
+                self._due[channel] = part.step
         self.num_plans += 1
         payload = torch.frombuffer(bytearray(_encode_plan(part)), dtype=torch.uint8)
         self._plans.post(self.num_plans, payload, deadline=deadline)
@@ -76,14 +92,22 @@ class PlanEnd:
 
     def take_reports(self) -> list[Report]:
         """The reports that have come since. Never blocks."""
-        for micro_batch, step in list(self._due.items()):
-            if self._inboxes[micro_batch].native.holds(step):
-                self._take(micro_batch, 0.0)
+        for channel, step in list(self._due.items()):
+            if self._inboxes[channel].native.holds(step):
+                self._take(channel, 0.0)
         reports, self._taken = self._taken, []
         return reports
 
-    def _take(self, micro_batch: int, deadline: float) -> None:
-        step = self._due.pop(micro_batch)
-        payload = self._inboxes[micro_batch].wait(step, deadline).numpy()
+    def _has_rows(self, part: ExecutorPlan, rank: int) -> bool:
+        """Whether anything of the part is of a rank's heads; otherwise it has no report."""
+        if self._num_ranks == 1:
+            return bool(part.spans)
+        size = self._units // self._num_ranks
+        start, stop = rank * size, (rank + 1) * size
+        return any(span.unit_start < stop and span.unit_stop > start for span in part.spans)
+
+    def _take(self, channel: int, deadline: float) -> None:
+        step = self._due.pop(channel)
+        payload = self._inboxes[channel].wait(step, deadline).numpy()
         times = payload.view(np.float64).reshape(-1, 4).copy()
         self._taken.append(Report(self.executor, step, times))

@@ -28,6 +28,8 @@ _PRELOADED = (
     "lamina.workers.attention",
     "lamina.workers.frozen",
 )
+_MODEL_PRELOADED = ("lamina.workers.host",)
+"""What model hosts need beyond that: transformers takes as long to import as torch."""
 _EXIT_GRACE_S = 2.0
 """How long children may take to end when their parent exits, before they are killed."""
 _context = multiprocessing.get_context("forkserver")
@@ -74,28 +76,39 @@ def limit_threads(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
-def pinned_pool(num_threads: int, cores: Sequence[int]) -> ThreadPool:
+def pinned_pool(
+    num_threads: int, cores: Sequence[int], pool: ThreadPool | None = None
+) -> ThreadPool:
     """Threads for native work, kept to `cores`: one each while there are enough, else any of them.
 
     The calling thread is the pool's first, and is kept there too. No cores: nothing is pinned.
+
+    Args:
+        pool: one of one thread, made ahead of a fork, that gets the threads; None: a new one.
     """
+    pool = pool or ThreadPool(1)
     if not cores:
-        return ThreadPool(num_threads)
+        pool.grow(num_threads)
+        return pool
     os.sched_setaffinity(0, cores)
     if len(cores) < num_threads:
-        return ThreadPool(num_threads)
-    pool = ThreadPool(num_threads, list(cores[:num_threads]))
+        pool.grow(num_threads)
+        return pool
+    pool.grow(num_threads, list(cores[:num_threads]))
     os.sched_setaffinity(0, cores[:1])
     return pool
 
 
-def start_fork_server() -> None:
+def start_fork_server(*, for_models: bool = False) -> None:
     """Start the fork server, if it does not run yet. Does not wait for it.
 
     It takes some seconds to import torch; call this early and do something else meanwhile.
+
+    Args:
+        for_models: model hosts will be started.
     """
     with _processes_lock, _without_main():
-        _context.set_forkserver_preload(list(_PRELOADED))
+        _context.set_forkserver_preload([*_PRELOADED, *(_MODEL_PRELOADED if for_models else ())])
         forkserver.ensure_running()
 
 

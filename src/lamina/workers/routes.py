@@ -36,6 +36,7 @@ class ExecutorEnd:
         num_micro_batches: int = 1,
         first_unit: int = 0,
         num_units: int | None = None,
+        out_link: NativeLink | None = None,
     ) -> None:
         """
         Args:
@@ -45,6 +46,7 @@ class ExecutorEnd:
             page_units: head units of each of the executor's lanes.
             first_unit, num_units: which of the model's head units this model worker has; None:
                 all there are.
+            out_link: where outputs come from, if not from `link`.
         """
         self.executor = executor
         self.link = link
@@ -53,6 +55,7 @@ class ExecutorEnd:
         self.num_units = head_units(specs) if num_units is None else num_units
         self.native = _native.ExecutorEnd(
             link.native,
+            (out_link or link).native,
             layer_units(specs, self.num_units, dtype),
             self.num_units,
             page_units,
@@ -115,6 +118,10 @@ class Route:
     def has_out(self, number: int) -> bool:
         """Whether the executor's output is here, or none will come. Never blocks."""
         return self.native.has_out(self._micro_batch, number)
+
+    def awaited_out(self, number: int) -> tuple[_native.Inbox, int]:
+        """The message that brings the executor's output."""
+        return self.native.out_inbox(self._micro_batch), number
 
     def view_out(self, layer: int, number: int, shape: torch.Size, deadline: float) -> torch.Tensor:
         """The output of an executor with `attends_whole`, in the mailbox: valid until the next

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -32,6 +33,16 @@ from lamina.types import ExecutorPlan
 _decode_plan = msgspec.msgpack.Decoder(ExecutorPlan).decode
 
 
+class Turn(NamedTuple):
+    """Whose layers an executor serves: those whose slices one replica of the model runs."""
+
+    replica: int
+    num_replicas: int
+
+
+_ALL_LAYERS = Turn(0, 1)
+
+
 class ExecutorServer:
     """Serves one attention executor over the mailboxes of its links."""
 
@@ -46,6 +57,8 @@ class ExecutorServer:
         step_deadline_s: float,
         num_micro_batches: int = 1,
         tensor_links: Sequence[Sequence[NativeLink]] = (),
+        turn: Turn = _ALL_LAYERS,
+        out_link: NativeLink | None = None,
     ) -> None:
         """
         Args:
@@ -53,6 +66,9 @@ class ExecutorServer:
             dtype: of q, k, v and the output.
             tensor_links: per replica of the model, and per tensor-parallel rank of the executor,
                 the link for q, k, v and outputs; empty: `link` is for them too.
+            turn: of a model rank's own executor, which sees only the layers of that rank; default:
+                all layers.
+            out_link: where outputs go, if not to where q comes from.
         """
         self.executor = executor
         self.num_plans = 0
@@ -63,11 +79,13 @@ class ExecutorServer:
         replicas = tensor_links or [[link]]
         assert all(len(links) == num_ranks for links in replicas), "a link per rank and replica"
         self._tensor_links = replicas
+        self._out_link = out_link
         self._plans = link.inbox(PLAN_MAILBOX, plan_mailbox_bytes(max_spans))
         rank_specs = shard_specs(specs, 0, executor.units // num_ranks, executor.units)
         mailboxes = step_mailboxes(rank_specs, dtype.itemsize, max_rows, num_micro_batches)
         boxes: list[list[list[_Boxes]]] = [
-            [[_open(rank_link, m) for m in mailboxes] for rank_link in links] for links in replicas
+            [[_open(rank_link, out_link or rank_link, m) for m in mailboxes] for rank_link in links]
+            for links in replicas
         ]
         reports = step_mailboxes(specs, dtype.itemsize, max_rows, num_micro_batches * num_ranks)
         channels = []
@@ -79,6 +97,8 @@ class ExecutorServer:
                     (
                         [boxes[replica][rank][micro_batch] for replica in in_turn],
                         link.outbox(report.report, report.report_bytes).native,
+                        (turn.replica - micro_batch) % turn.num_replicas,
+                        turn.num_replicas,
                     )
                 )
         self.loop = _native.LayerLoop(
@@ -128,10 +148,10 @@ class ExecutorServer:
 _Boxes = tuple[_native.Inbox, _native.Inbox, _native.Outbox]
 
 
-def _open(link: NativeLink, mailboxes: StepMailboxes) -> _Boxes:
+def _open(link: NativeLink, out_link: NativeLink, mailboxes: StepMailboxes) -> _Boxes:
     """A micro-batch's ends of Q, KV and OUT."""
     return (
         link.inbox(mailboxes.q, mailboxes.q_bytes).native,
         link.inbox(mailboxes.kv, mailboxes.kv_bytes).native,
-        link.outbox(mailboxes.out, mailboxes.out_bytes).native,
+        out_link.outbox(mailboxes.out, mailboxes.out_bytes).native,
     )

@@ -41,7 +41,7 @@ def slice_times(times: array[float], index: int) -> SliceTimes:
 
 
 class StepTimes:
-    """Seconds that the model worker spent, summed over steps."""
+    """Seconds that model workers spent, summed over steps and workers."""
 
     __slots__ = ("attention_s", "post_s", "slices_s", "steps_s")
 
@@ -60,11 +60,12 @@ class StepTimes:
         """What the phases leave over: routes, plans, and the loop over slices."""
         return self.steps_s - self.slices_s - self.post_s - self.attention_s
 
-    def add(self, times: array[float]) -> None:
-        """Count a step's slices."""
+    def add(self, times: array[float]) -> float:
+        """Count a step's slices; returns how long they took, waits included."""
         begin, here, q_end, q_sent, kv_end, kv_sent, end = (
             sum(times[i::NUM_TIMES]) for i in range(NUM_TIMES)
         )
         self.attention_s += here - begin
         self.slices_s += q_end - here + kv_end - q_sent + end - kv_sent
         self.post_s += q_sent - q_end + kv_sent - kv_end
+        return end - begin

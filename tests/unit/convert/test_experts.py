@@ -26,6 +26,15 @@ def test_expert_linear(transposed: bool, biased: bool, dtype: torch.dtype, num_r
         torch.testing.assert_close(got[row], want, rtol=2e-2, atol=2e-2)
 
 
+def test_rows_of_other_experts_are_zeros() -> None:
+    rows, weight = torch.randn(6, 3), torch.randn(4, 2, 3)
+    expert = torch.tensor([0, 3, 1, 2, 1, 0])
+    whole = expert_linear(rows, weight, None, expert, False)
+    parts = [expert_linear(rows, weight[i : i + 2], None, expert, False, i) for i in (0, 2)]
+    assert torch.equal(parts[0] + parts[1], whole)
+    assert torch.equal(parts[0][expert >= 2], torch.zeros(2, 2))
+
+
 def test_expert_linear_fake_matches() -> None:
     torch.library.opcheck(
         expert_linear,

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from lamina._native import DenseWorkspace, PackedLinear, ThreadPool
+from lamina.convert.collectives import ALL_REDUCE, all_reduce_in_place
 from lamina.convert.passes.fuse import fuse
 from lamina.convert.passes.inductor import compiled, linear_handle, use_handles
 from lamina.convert.passes.lower import lower
@@ -115,6 +116,7 @@ def rewrite_native(program: Program, num_values: int) -> Rewritten:
     """
     graph, weights = _fused_copy(program, num_values)
     regions = lower(graph, weights)
+    _reduce_in_place(graph)
     module, kept = _finished(graph, weights)
     return Rewritten(module.forward, module, kept, regions=tuple(regions.values()))
 
@@ -125,6 +127,18 @@ def rewrite_compiled(program: Program, num_values: int) -> Rewritten:
     handles = use_handles(graph, weights)
     module, kept = _finished(graph, weights)
     return Rewritten(compiled(module), module, kept, handles=tuple(handles.values()))
+
+
+def _reduce_in_place(graph: fx.Graph) -> None:
+    """Sum a native call's result over the ranks in its own memory.
+
+    Nobody else reads a partial sum or a view of it: `shard` reduces each once, for all its readers.
+    """
+    for node in graph.nodes:
+        if node.target is ALL_REDUCE:
+            (source,) = node.all_input_nodes
+            if source.op == "call_method" and len(source.users) == 1:
+                node.target = all_reduce_in_place
 
 
 def _fused_copy(program: Program, num_values: int) -> tuple[fx.Graph, frozenset[fx.Node]]:

@@ -220,6 +220,8 @@ def _linear(node: Any) -> Match | None:
         bias, x, weight = node.args
         if _is_vector(bias, node):
             return ops.linear, (x, weight, bias, None, True)
+    if _is(node, _aten.mm.default):
+        return ops.linear, (*node.args, None, None, True)
     return None
 
 

@@ -80,11 +80,12 @@ class _Lowering:
             self._visit(node)
         self._close()
         placeholders: dict[fx.Node, Region] = {}
+        results: dict[fx.Node, fx.Node] = {}
         last = self._arguments[-1]
         for number, region in enumerate(self._regions):
             with self._graph.inserting_after(last):
                 last = self._graph.placeholder(f"region_{number}")
-            placeholders[last] = self._emit(region, last)
+            placeholders[last] = _Emission(self._graph, region, self._arguments, results).run(last)
         return placeholders
 
     def _visit(self, node: fx.Node) -> None:
@@ -214,9 +215,6 @@ class _Lowering:
                 self._layouts[node] = layout
         self._splits = {n: v for n, v in self._splits.items() if v.root not in region.made}
 
-    def _emit(self, region: _OpenRegion, placeholder: fx.Node) -> Region:
-        return _Emission(self._graph, region, self._arguments).run(placeholder)
-
 
 class _Emission:
     """Writes one region: the native program, its call and the nodes that stand for its results."""
@@ -226,9 +224,12 @@ class _Emission:
         graph: fx.Graph,
         region: _OpenRegion,
         arguments: list[fx.Node],
+        results: dict[fx.Node, fx.Node],
     ) -> None:
+        """`results`: what stands for results of regions; this one's are added."""
         self._graph = graph
         self._region = region
+        self._results = results
         self._layouts = region.layouts
         self._number = {node: i for i, node in enumerate(arguments)}
         self._calls = {call.node for call in region.calls}
@@ -358,12 +359,15 @@ class _Emission:
         # Right behind the last of the region's inputs and operations: readers come later.
         last = self._region.calls[-1].node
         with self._graph.inserting_after(last):
-            call = self._graph.call_method("__call__", (placeholder, *inputs))
+            call = self._graph.call_method(
+                "__call__", (placeholder, *(self._results.get(n, n) for n in inputs))
+            )
         place = call
         for i, result in enumerate(results):
             with self._graph.inserting_after(place):
                 place = self._graph.call_method("__getitem__", (call, i))
             place.meta = dict(result.meta)
+            self._results[result] = place
             result.replace_all_uses_with(place, lambda user: not self._is_inside(user))
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from lamina.convert.collectives import ALL_REDUCE
 from lamina.convert.passes import ops
 
-_ROW_WISE = (ops.linear, ops.rms_norm, ops.layer_norm, ops.activation)
+_ROW_WISE = (ops.linear, ops.rms_norm, ops.layer_norm, ops.activation,
+             torch.ops.aten.add.Tensor, ALL_REDUCE)  # fmt: skip
 _index = torch.ops.aten.index.Tensor
 
 
@@ -40,12 +42,20 @@ def _is_rows(node: Any) -> bool:
     return [isinstance(size, int) for size in sizes] == [True, False, True]
 
 
+def _is_row_wise(node: fx.Node) -> bool:
+    """Whether each row of the result comes from the same rows of the inputs, or from weights."""
+    return node.target in _ROW_WISE and _is_rows(node) and all(
+        _is_rows(n) or all(isinstance(size, int) for size in n.meta["val"].shape)
+        for n in node.all_input_nodes
+    )  # fmt: skip
+
+
 def _move_up(graph: fx.Graph, index: Any) -> None:
     x, (_, rows) = index.args
     moved: dict[fx.Node, None] = {}
     for node in reversed(list(graph.nodes)):
         is_only_for_index = all(user is index or user in moved for user in node.users)
-        if node.target in _ROW_WISE and _is_rows(node) and is_only_for_index:
+        if is_only_for_index and _is_row_wise(node):
             moved[node] = None
     if x not in moved:
         return
