@@ -20,4 +20,12 @@ def family_tokens(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], F
 def test_tokens_are_those_of_transformers(
     deployment: Deployment, family_tokens: Callable[[str], FamilyTokens]
 ) -> None:
-    family_tokens(deployment.family).check(deployment)
+    tokens = family_tokens(deployment.family)
+    tokens.check(deployment.num_workers, **deployment.settings)
+
+
+@pytest.mark.parametrize("early_q", [True, False])
+def test_deferring_nothing_does_not_change_tokens(
+    early_q: bool, family_tokens: Callable[[str], FamilyTokens]
+) -> None:
+    family_tokens("gpt_neox").check(2, pipeline_depth=2, defer=False, early_q=early_q)

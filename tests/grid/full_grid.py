@@ -24,4 +24,5 @@ def family_tokens(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], F
 def test_tokens_are_those_of_transformers(
     deployment: Deployment, family_tokens: Callable[[str], FamilyTokens]
 ) -> None:
-    family_tokens(deployment.family).check(deployment)
+    tokens = family_tokens(deployment.family)
+    tokens.check(deployment.num_workers, **deployment.settings)

@@ -21,7 +21,6 @@ from support.engines import (
     transformers_greedy,
 )
 from support.families import VOCAB_SIZE, save_tiny_model
-from support.grid import Deployment
 
 NUM_TOKENS = 24
 PROMPT_LENGTHS = (1, 33, 7, 20, 45, 12, 26)
@@ -53,11 +52,15 @@ class FamilyTokens:
         model.optimize(ThreadPool(1))
         return model
 
-    def check(self, deployment: Deployment) -> None:
-        """The deployment's tokens are those of transformers, and it leaves no page behind."""
-        config = tiny_config(self.folder, deployment.num_workers, **deployment.settings)
-        # Several model workers load what they need themselves.
-        is_alone = deployment.model_replicas == deployment.tensor_parallel_size == 1
+    def check(self, num_workers: int, **settings: Any) -> None:
+        """A deployment's tokens are those of transformers, and it leaves no page behind.
+
+        Args:
+            settings: fields of the engine's config.
+        """
+        config = tiny_config(self.folder, num_workers, **settings)
+        # Ranks load the model themselves.
+        is_alone = config.model_replicas == config.tensor_parallel_size == 1
         with running(config, self.model if is_alone else None) as started:
             batch = requests(self.prompts, ignore_eos=True, max_tokens=NUM_TOKENS)
             outputs = run_all(started, batch)
