@@ -6,12 +6,8 @@ allocate and measure -> open the links -> serve steps until told to stop or a pe
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import platform
 import time
-from pathlib import Path
 
 import msgspec
 import torch
@@ -19,7 +15,7 @@ import torch
 from lamina._native import MemoryReader, ThreadPool
 from lamina.attention.executor import AttentionExecutor
 from lamina.attention.partition import shard_specs
-from lamina.errors import DeadlineExceeded, LaminaError
+from lamina.errors import DeadlineExceeded, LaminaError, PeerLost
 from lamina.kv.pages import bytes_per_page, cache_dtype_name
 from lamina.transport.control_client import ControlClient, Incoming
 from lamina.transport.handshake import connect
@@ -30,11 +26,12 @@ from lamina.transport.wire import (
     Assigned,
     IntegrityQuery,
     IntegrityReply,
-    Join,
     LinkAddress,
     ShutdownWorker,
     WorkerError,
 )
+from lamina.workers.blame import tell_and_wait, was_told_to_stop
+from lamina.workers.identity import describe_self, show_name
 from lamina.workers.process import pinned_pool
 from lamina.workers.serving import ExecutorServer
 
@@ -69,7 +66,7 @@ def run_attention_worker(start: WorkerStart) -> None:
         SystemExit: the engine refused, is gone, or broke the protocol. It was told why where it can
             still hear it.
     """
-    _show_name(start.name)
+    show_name(start.name)
     try:
         _join_and_serve(start)
     except LaminaError as error:
@@ -79,32 +76,37 @@ def run_attention_worker(start: WorkerStart) -> None:
 
 def _join_and_serve(start: WorkerStart) -> None:
     deadline = time.monotonic() + start.startup_timeout_s
-    join = Join(
-        name=start.name,
-        pid=os.getpid(),
-        host=platform.node(),
-        device="cpu",
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        num_threads=start.num_threads,
+    control = ControlClient(
+        start.address,
+        JoinToken.parse(start.token),
+        describe_self(start.name, num_threads=start.num_threads),
+        deadline=deadline,
     )
-    control = ControlClient(start.address, JoinToken.parse(start.token), join, deadline=deadline)
+    links: list[NativeLink] = []
     try:
-        _Worker(control, pinned_pool(start.num_threads, start.cores), deadline).serve()
+        pool = pinned_pool(start.num_threads, start.cores)
+        _Worker(control, pool, links, deadline).serve()
     except Exception as error:  # whatever it is, the engine must learn of it
-        if control.engine_lost is None:
-            control.send(WorkerError(type(error).__name__, str(error)))
+        if isinstance(error, PeerLost) and was_told_to_stop(control):
+            return  # and so was the peer, a moment earlier
+        tell_and_wait(control, error)
         raise
     finally:
+        for link in links:
+            link.close()
         control.close()
 
 
 class _Worker:
     """An attention worker that has joined."""
 
-    def __init__(self, control: ControlClient, pool: ThreadPool, deadline: float) -> None:
+    def __init__(
+        self, control: ControlClient, pool: ThreadPool, links: list[NativeLink], deadline: float
+    ) -> None:
+        """`links`: takes those that are opened here; the caller closes them."""
         self._control = control
         self._queries: list[Incoming] = []
-        self._links: list[NativeLink] = []
+        self._links = links
         incoming = control.receive(deadline)
         assign = incoming.message
         assert isinstance(assign, Assign), "an assignment comes first"
@@ -145,12 +147,8 @@ class _Worker:
 
     def serve(self) -> None:
         """Steps and control messages, until ShutdownWorker."""
-        try:
-            while not self._handle_control():
-                self._server.serve(time.monotonic() + _CONTROL_POLL_S)
-        finally:
-            for link in self._links:
-                link.close()
+        while not self._handle_control():
+            self._server.serve(time.monotonic() + _CONTROL_POLL_S)
 
     def _handle_control(self) -> bool:
         """Answer what has come; True when told to stop."""
@@ -180,15 +178,6 @@ class _Worker:
             else:
                 self._control.reply(incoming, integrity(self._executor))
         self._queries = waiting
-
-
-def _show_name(name: str) -> None:
-    """Be `lamina-attn-1` and not just another `python` in `ps` and `top` (15 characters at most).
-
-    Linux only; no other system has the file.
-    """
-    with contextlib.suppress(OSError):
-        Path("/proc/self/comm").write_text(name.replace("attention-worker", "lamina-attn"))
 
 
 def integrity(executor: AttentionExecutor) -> IntegrityReply:

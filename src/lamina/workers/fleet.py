@@ -333,7 +333,11 @@ class ExecutorFleet:
 
     def _on_lost(self, name: str, reason: str) -> None:
         """A worker is lost (called by the control channel's or a watcher's thread)."""
-        executor = self._executors[name]
+        executor = self._executors.get(name)
+        if executor is None:  # a worker misses a rank
+            assert self._ranks is not None, f"nobody is called {name}"
+            self._ranks.note_lost(name, reason)
+            return
         with self._lock:
             if self._closing or executor in self._lost:
                 return

@@ -19,21 +19,16 @@ import msgspec
 from lamina._native import ThreadPool
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel, TensorParallel, convert
-from lamina.errors import DeadlineExceeded, LaminaError, PeerLost
+from lamina.errors import LaminaError, PeerLost
 from lamina.transport.control_client import ControlClient
 from lamina.transport.join_token import JoinToken
-from lamina.transport.rank_wire import LostPeer
-from lamina.transport.wire import ShutdownWorker, WorkerError
+from lamina.workers.blame import tell_and_wait, was_told_to_stop
 from lamina.workers.identity import describe_self, show_name
 from lamina.workers.process import limit_threads, pinned_pool
 from lamina.workers.rank_links import connected
 from lamina.workers.rank_loop import RankLoop
 
 logger = logging.getLogger("lamina.model")
-
-ENGINE = "engine"
-_STOP_GRACE_S = 0.25
-"""All ranks are told to stop at the same time, but one is the first to close its links."""
 
 
 class RankStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,32 +97,10 @@ def run_rank(start: RankStart, model: SlicedModel, pool: ThreadPool) -> None:
             links = stack.enter_context(connected(control, start, model, pool, deadline))
             RankLoop(control, start, model, links).serve()
         except Exception as error:  # whatever it is, the engine must learn of it
-            if isinstance(error, PeerLost) and _was_told_to_stop(control):
+            if isinstance(error, PeerLost) and was_told_to_stop(control):
                 return  # and so was the peer, a moment earlier
-            _tell(control, error)
+            tell_and_wait(control, error)
             if not isinstance(error, LaminaError):
                 raise
             logger.error("%s stops: %s", start.name, error)
             raise SystemExit(1) from None
-
-
-def _tell(control: ControlClient, error: Exception) -> None:
-    """Tell the engine whose fault it is; returns when that says stop or is gone."""
-    if control.engine_lost is not None:
-        return
-    if isinstance(error, PeerLost | DeadlineExceeded) and error.peer != ENGINE:
-        control.send(LostPeer(error.peer, error.reason))
-    else:
-        control.send(WorkerError(type(error).__name__, str(error)))
-    while control.engine_lost is None and not _was_told_to_stop(control):
-        pass
-
-
-def _was_told_to_stop(control: ControlClient) -> bool:
-    """Whether the engine says stop, waiting a moment for it."""
-    deadline = time.monotonic() + _STOP_GRACE_S
-    with contextlib.suppress(DeadlineExceeded, PeerLost):
-        while True:
-            if isinstance(control.receive(deadline).message, ShutdownWorker):
-                return True
-    return False

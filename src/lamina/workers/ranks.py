@@ -33,10 +33,11 @@ from lamina.transport.wire import (
     WorkerError,
 )
 from lamina.types import LOCAL
+from lamina.workers.blame import ENGINE
 from lamina.workers.deployment import Deployment
 from lamina.workers.host import HostStart, run_model_host
 from lamina.workers.process import WorkerProcess
-from lamina.workers.rank import ENGINE, RankStart
+from lamina.workers.rank import RankStart
 
 logger = logging.getLogger("lamina.workers")
 
