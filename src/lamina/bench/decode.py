@@ -6,7 +6,6 @@ machine hits all of them; ratios are taken turn by turn.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import msgspec
 import torch
 
 from lamina.bench.breakdown import Breakdown, summarize
+from lamina.bench.percentiles import percentile
 from lamina.bench.subjects import PREFILL_ROWS, SubjectProcess
 from lamina.config import AttentionWorkerConfig, EngineConfig
 from lamina.types import ceil_div
@@ -123,12 +123,6 @@ def num_tokens_needed(batch: int, context: int, turns: int, steps_per_turn: int)
     """
     prefill_steps = 2 * ceil_div(batch * context, PREFILL_ROWS)
     return prefill_steps + (turns + 1) * (steps_per_turn + 2) + 2
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` (0 to 1) of the values do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def lamina_config(

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import msgspec
 
 from lamina.bench.decode import random_prompts
-from lamina.bench.subjects import SubjectProcess, WorkerWeights
+from lamina.bench.subjects import SubjectProcess, WorkerShares
 
 
 class PartitionFigure(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +30,7 @@ class PartitionFigure(msgspec.Struct, frozen=True, kw_only=True):
     """Speed over that of the last subject, turn by turn."""
     ratio_low: float
     ratio_high: float
-    weights: list[WorkerWeights]
+    weights: list[WorkerShares]
     """After each turn."""
 
 
@@ -54,7 +54,7 @@ def measure(
     for subject in subjects:
         subject.prefill(random_prompts(batch, context, vocab_size))
     seconds: list[list[float]] = [[] for _ in subjects]
-    weights: list[list[WorkerWeights]] = [[subject.weights()] for subject in subjects]
+    weights: list[list[WorkerShares]] = [[subject.weights()] for subject in subjects]
     for turn in range(warm_up_turns + turns):
         prompts = random_prompts(num_replaced, context + turn, vocab_size)
         for index, subject in enumerate(subjects):
@@ -82,7 +82,7 @@ def measure(
     return figures
 
 
-def settled_after(weights: Sequence[WorkerWeights], tolerance: float = 0.1) -> int:
+def settled_after(weights: Sequence[WorkerShares], tolerance: float = 0.1) -> int:
     """Steps after which every worker's share stayed within `tolerance` (relative) of its last."""
     last = weights[-1].shares
     for index in range(len(weights) - 1, -1, -1):

@@ -34,7 +34,7 @@ class Stretch(NamedTuple):
     """In the order in which they ended; some began before the stretch, or ended after it."""
 
 
-class WorkerWeights(msgspec.Struct, frozen=True):
+class WorkerShares(msgspec.Struct, frozen=True):
     """The attention workers' shares of new work."""
 
     num_steps: int
@@ -98,11 +98,11 @@ class LaminaSubject:
             waiting -= {output.request_id for output in engine.step() if output.token_ids}
         return time.perf_counter() - start
 
-    def weights(self) -> WorkerWeights:
+    def weights(self) -> WorkerShares:
         """How new work is divided among the attention workers now."""
         stats = self._started.engine.stats()
         weights = [e.weight for e in stats.executors if e.weight is not None]
-        return WorkerWeights(stats.steps_total, [weight / sum(weights) for weight in weights])
+        return WorkerShares(stats.steps_total, [weight / sum(weights) for weight in weights])
 
     def decode(self, num_steps: int) -> list[float]:
         """A step is over when every sequence has one token more, however many are in flight.
@@ -241,8 +241,8 @@ class SubjectProcess:
         seconds: float = self._call("replace", num_ended, prompts)
         return seconds
 
-    def weights(self) -> WorkerWeights:
-        weights: WorkerWeights = self._call("weights")
+    def weights(self) -> WorkerShares:
+        weights: WorkerShares = self._call("weights")
         return weights
 
     def phases(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lamina.bench.partition import busy_core, measure, settled_after
-from lamina.bench.subjects import WorkerWeights
+from lamina.bench.subjects import WorkerShares
 from lamina.cli.main import app
 from lamina.errors import ConfigError
 
@@ -37,9 +37,9 @@ class FakeSubject:
         self._num_steps += num_steps
         return [next(self._seconds) / num_steps] * num_steps
 
-    def weights(self) -> WorkerWeights:
+    def weights(self) -> WorkerShares:
         first = next(self._weights)
-        return WorkerWeights(self._num_steps, [first, 1 - first])
+        return WorkerShares(self._num_steps, [first, 1 - first])
 
 
 def test_speeds_are_those_after_the_warm_up() -> None:
@@ -60,8 +60,8 @@ def test_speeds_are_those_after_the_warm_up() -> None:
 
 
 def test_settling_is_relative() -> None:
-    def weights(*firsts: float) -> list[WorkerWeights]:
-        return [WorkerWeights(10 * i, [first, 1 - first]) for i, first in enumerate(firsts)]
+    def weights(*firsts: float) -> list[WorkerShares]:
+        return [WorkerShares(10 * i, [first, 1 - first]) for i, first in enumerate(firsts)]
 
     assert settled_after(weights(0.5, 0.9, 0.905, 0.9)) == 10
     # A small share that moves by a tenth of itself has not settled.

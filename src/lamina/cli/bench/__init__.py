@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lamina.cli.bench import attention, decode, hop, partition, timeline
+from lamina.cli.bench import attention, decode, hop, partition, serve, timeline
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
@@ -18,4 +18,5 @@ app.command()(attention.attention)
 app.command()(decode.decode)
 app.command()(hop.hop)
 app.command()(partition.partition)
+app.command()(serve.serve)
 app.command()(timeline.timeline)
