@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 NATIVE := $(shell find native -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: demo serve test lint sanitize bench clean
+.PHONY: demo serve test test-grid lint sanitize bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/lamina demo
@@ -16,6 +16,10 @@ serve: $(INSTALLED)
 
 test: lint
 	$(BIN)/pytest
+
+# Greedy tokens over every deployment; `make test` runs a set of them that has all pairs.
+test-grid: $(INSTALLED)
+	$(BIN)/pytest tests/grid/full_grid.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

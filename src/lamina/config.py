@@ -170,6 +170,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """KV memory of all model workers for prompts in progress. None: one full-length prompt."""
     early_q: bool = True
     """Send q before k and v are computed."""
+    defer: bool = True
+    """Send k and v before the rest of the slice is computed. Off: to measure what that gains."""
     num_threads: int | None = None
     """Threads of each model worker. None: an equal part of the cores."""
     worker_num_threads: int | None = None
@@ -182,6 +184,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     are enough; empty: all that this process may use."""
     compile: bool = False
     """Compile the slices with Inductor: takes a while at start-up."""
+    trace: str | None = None
+    """File for a timeline of all steps, as Perfetto opens it."""
     step_deadline_s: float = 60.0
     """Longest wait for one answer of an attention worker that still sends heartbeats."""
     heartbeat_interval_s: float = 0.25

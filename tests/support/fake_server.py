@@ -18,7 +18,7 @@ import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lamina.engine.messages import EngineStats, ExecutorStats, ModelInfo
+from lamina.engine.messages import EngineStats, ExecutorStats, ModelInfo, PhaseHistogram
 from lamina.engine.outputs import GenerationChunk, TokenLogprob
 from lamina.errors import RequestError
 from lamina.types import FinishReason, SamplingParams
@@ -79,12 +79,13 @@ class FakeEngine:
             num_running=2,
             num_waiting=1,
             executors=(
-                ExecutorStats(name="attention-1", pages_used=3, pages_total=12),
-                ExecutorStats(name="attention-2", pages_used=6, pages_total=12),
+                ExecutorStats(name="attention-1", pages_used=3, pages_total=12, weight=1.0),
+                ExecutorStats(name="attention-2", pages_used=6, pages_total=12, weight=3.0),
             ),
             preemptions_total=5,
             steps_total=7,
             seconds={"attention": 1.5},
+            phases={"model": PhaseHistogram((1, 0, 4) + (0,) * 13 + (2,), 25.5)},
         )
         self.reply: Callable[[int], str] = lambda index: f"{index}: hé wörld"
         self.delay_s = 0.0

@@ -9,14 +9,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
+from lamina.bench.breakdown import Breakdown, summarize
 from lamina.bench.percentiles import percentile
 from lamina.bench.subjects import PREFILL_ROWS, SubjectProcess
 from lamina.config import AttentionWorkerConfig, EngineConfig
+from lamina.types import ceil_div
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +43,14 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens_per_s: float
 
 
+class Measured(NamedTuple):
+    """What one case gave."""
+
+    figures: list[Figure]
+    breakdowns: list[Breakdown]
+    """Of the subjects that have a timeline."""
+
+
 def measure(
     subjects: Sequence[SubjectProcess],
     *,
@@ -49,10 +59,9 @@ def measure(
     turns: int,
     steps_per_turn: int,
     vocab_size: int,
-) -> list[Figure]:
+) -> Measured:
     """Prefill every subject, then let them decode in turns. The last subject is the baseline."""
-    generator = torch.Generator().manual_seed(batch * 1_000_003 + context)
-    prompts = torch.randint(vocab_size, (batch, context), generator=generator).tolist()
+    prompts = random_prompts(batch, context, vocab_size)
     prefill_s = [subject.prefill(prompts) for subject in subjects]
     for subject in subjects:
         subject.decode(1)
@@ -91,7 +100,29 @@ def measure(
                 prefill_tokens_per_s=batch * context / prompt_s,
             )
         )
-    return figures
+    summaries = [
+        summarize(subject.name, batch, context, subject.stretches()) for subject in subjects
+    ]
+    return Measured(figures, [summary for summary in summaries if summary])
+
+
+def random_prompts(batch: int, context: int, vocab_size: int) -> list[list[int]]:
+    """`batch` prompts of `context` tokens; the same ones for the same numbers."""
+    generator = torch.Generator().manual_seed(batch * 1_000_003 + context)
+    prompts: list[list[int]] = torch.randint(
+        vocab_size, (batch, context), generator=generator
+    ).tolist()
+    return prompts
+
+
+def num_tokens_needed(batch: int, context: int, turns: int, steps_per_turn: int) -> int:
+    """Most tokens that a sequence generates in one case.
+
+    While the last prompts are computed, the first sequences already decode; and every turn begins
+    with a step that is not counted.
+    """
+    prefill_steps = 2 * ceil_div(batch * context, PREFILL_ROWS)
+    return prefill_steps + (turns + 1) * (steps_per_turn + 2) + 2
 
 
 def lamina_config(
@@ -101,9 +132,17 @@ def lamina_config(
     batch: int,
     length: int,
     num_threads: int,
+    model_cores: tuple[int, ...] = (),
+    worker_cores: tuple[int, ...] = (),
     **settings: Any,
 ) -> EngineConfig:
-    """The engine of one deployment; 0 workers is the monolithic one. `settings`: further fields."""
+    """The engine of one deployment; 0 workers is the monolithic one.
+
+    Args:
+        num_threads: of the model worker and of each attention worker, where no cores are given.
+        model_cores, worker_cores: as in `EngineConfig`; a thread for each core.
+        settings: further fields.
+    """
     return EngineConfig(
         model=str(folder),
         load_format="dummy",
@@ -113,7 +152,13 @@ def lamina_config(
         max_num_batched_tokens=max(PREFILL_ROWS, batch),
         attention="remote" if num_workers else "local",
         attention_workers=tuple(AttentionWorkerConfig() for _ in range(num_workers or 1)),
-        num_threads=num_threads,
-        worker_num_threads=num_threads,
+        num_threads=len(model_cores) or num_threads,
+        worker_num_threads=(
+            max(1, len(worker_cores) // num_workers)
+            if worker_cores and num_workers
+            else num_threads
+        ),
+        model_cores=model_cores,
+        worker_cores=worker_cores if num_workers else (),
         **settings,
     )

@@ -23,6 +23,37 @@ SHAPES: dict[str, dict[str, object]] = {
         "tie_word_embeddings": True,
         "dtype": "bfloat16",
     },
+    # Qwen1.5-0.5B with that vocabulary: every query head has KV of its own (MHA).
+    "mha-0.4b": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    },
+    # Pythia-410M with that vocabulary: attention and MLP in parallel, so the MLP can be deferred.
+    "parallel-0.4b": {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 32768,
+        "rotary_pct": 0.25,
+        "use_parallel_residual": True,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    },
 }
 
 

@@ -6,12 +6,15 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import torch
 
 from lamina.config import THREAD_ENVIRONMENT, EngineConfig
+from lamina.engine.events import StepRecord
 from lamina.engine.start import StartedEngine, start_engine
 from lamina.errors import EngineDead
 from lamina.types import EngineRequest, SamplingParams
@@ -19,6 +22,25 @@ from lamina.workers.process import limit_threads
 
 PREFILL_ROWS = 512
 """Rows of one prefill step, for every subject."""
+
+
+class Stretch(NamedTuple):
+    """A stretch of time that was measured, and the steps that ran in it."""
+
+    begin_s: float
+    end_s: float
+    num_tokens: int
+    records: list[StepRecord]
+    """In the order in which they ended; some began before the stretch, or ended after it."""
+
+
+class WorkerShares(msgspec.Struct, frozen=True):
+    """The attention workers' shares of new work."""
+
+    num_steps: int
+    """Steps of the engine so far."""
+    shares: list[float]
+    """Per worker, together 1."""
 
 
 class Subject(Protocol):
@@ -33,6 +55,9 @@ class Subject(Protocol):
     def phases(self) -> dict[str, float]:
         """Seconds that phases of decoding took since the start; empty if it does not know."""
 
+    def stretches(self) -> list[Stretch]:
+        """The timelines of all calls of `decode` since the last `prefill`; empty without one."""
+
     def close(self) -> None:
         """Stop processes and free memory."""
 
@@ -42,39 +67,86 @@ class LaminaSubject:
 
     def __init__(self, config: EngineConfig) -> None:
         self._started: StartedEngine = start_engine(config)
-        self._round = 0
+        self._num_prompts = 0
         self._names: list[str] = []
+        self._stretch: Stretch | None = None
+        self._stretches: list[Stretch] = []
+        self._records: dict[int, StepRecord] = {}
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> float:
+        self._stretch, self._stretches = None, []
+        return self.replace(len(self._names), prompts)
+
+    def replace(self, num_ended: int, prompts: Sequence[Sequence[int]]) -> float:
+        """End the oldest sequences and compute new prompts in their place; returns seconds."""
         engine = self._started.engine
-        for name in self._names:
+        for name in self._names[:num_ended]:
             engine.abort(name)
-        self._round += 1
-        self._names = [f"{self._round}-{index}" for index in range(len(prompts))]
+        new = [f"{self._num_prompts + index}" for index in range(len(prompts))]
+        self._num_prompts += len(prompts)
+        self._names = [*self._names[num_ended:], *new]
         sampling = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
         start = time.perf_counter()
-        for name, prompt in zip(self._names, prompts, strict=True):
+        for name, prompt in zip(new, prompts, strict=True):
             engine.add(
                 EngineRequest(
                     request_id=name, prompt_token_ids=tuple(prompt), sampling=sampling, seed=0
                 )
             )
-        waiting = set(self._names)
+        waiting = set(new)
         while waiting:
             waiting -= {output.request_id for output in engine.step() if output.token_ids}
         return time.perf_counter() - start
 
+    def weights(self) -> WorkerShares:
+        """How new work is divided among the attention workers now."""
+        stats = self._started.engine.stats()
+        weights = [e.weight for e in stats.executors if e.weight is not None]
+        return WorkerShares(stats.steps_total, [weight / sum(weights) for weight in weights])
+
     def decode(self, num_steps: int) -> list[float]:
+        """A step is over when every sequence has one token more, however many are in flight.
+
+        The first one is not counted: what was in flight since the last call has had time enough.
+        """
+        counts = dict.fromkeys(self._names, 0)
+        self._advance(counts)
+        self._end_stretch()
+        ends = [time.monotonic()]
+        for _ in range(num_steps):
+            self._advance(counts)
+            ends.append(time.monotonic())
+        self._stretch = Stretch(ends[0], ends[-1], num_steps * len(self._names), [])
+        return [after - before for before, after in pairwise(ends)]
+
+    def _advance(self, counts: dict[str, int]) -> None:
+        """Run steps until every sequence has one token more than the last one has now."""
         engine = self._started.engine
+        goal = min(counts.values()) + 1
+        while min(counts.values()) < goal:
+            for output in engine.step():
+                if output.request_id in counts:  # it may have been ended with its step in flight
+                    counts[output.request_id] += len(output.token_ids)
+        for record in engine.timeline.records:
+            self._records[record.step] = record
 
-        def step() -> None:
-            outputs = engine.step()
-            assert len(outputs) == len(self._names), "every sequence must yield one token per step"
-
-        return [_seconds(step) for _ in range(num_steps)]
+    def _end_stretch(self) -> None:
+        """The steps that were in flight at the end of the last stretch are through."""
+        if (stretch := self._stretch) is not None:
+            stretch.records.extend(
+                record for record in self._records.values() if record.end_s > stretch.begin_s
+            )
+            self._stretches.append(stretch)
+            self._stretch = None
+        self._records.clear()
 
     def phases(self) -> dict[str, float]:
         return self._started.engine.stats().seconds
+
+    def stretches(self) -> list[Stretch]:
+        self._advance(dict.fromkeys(self._names, 0))
+        self._end_stretch()
+        return self._stretches
 
     def close(self) -> None:
         self._started.close()
@@ -119,6 +191,9 @@ class TransformersSubject:
     def phases(self) -> dict[str, float]:
         return {}
 
+    def stretches(self) -> list[Stretch]:
+        return []
+
     def close(self) -> None:
         self._model = self._cache = None
 
@@ -162,9 +237,21 @@ class SubjectProcess:
         seconds: list[float] = self._call("decode", num_steps)
         return seconds
 
+    def replace(self, num_ended: int, prompts: Sequence[Sequence[int]]) -> float:
+        seconds: float = self._call("replace", num_ended, prompts)
+        return seconds
+
+    def weights(self) -> WorkerShares:
+        weights: WorkerShares = self._call("weights")
+        return weights
+
     def phases(self) -> dict[str, float]:
         seconds: dict[str, float] = self._call("phases")
         return seconds
+
+    def stretches(self) -> list[Stretch]:
+        stretches: list[Stretch] = self._call("stretches")
+        return stretches
 
     def close(self) -> None:
         self._pipe.close()

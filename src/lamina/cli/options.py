@@ -67,6 +67,10 @@ _OPTIONS: dict[str, tuple[Any, object]] = {
     "compile": _option(
         bool, False, "Compile the slices with Inductor; takes a while at start-up.", _ENGINE
     ),
+    "trace": _option(
+        str | None, None,
+        "Write a timeline of all steps to this file, some 35 kB each; Perfetto opens it.", _ENGINE,
+    ),
     "attention": _option(
         Literal["local", "remote"], "remote",
         "local: monolithic, attention in the model worker's own process.", _ATTENTION,

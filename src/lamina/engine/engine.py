@@ -14,9 +14,11 @@ from lamina.convert import SlicedModel
 from lamina.engine.events import StepRecord
 from lamina.engine.messages import EngineStats, ExecutorStats, ModelInfo
 from lamina.engine.pacing import Pacing
+from lamina.engine.phases import PhaseHistograms
 from lamina.engine.sampler import Sampler
 from lamina.engine.steps import PlannedStep
 from lamina.engine.timeline import Timeline
+from lamina.engine.trace import TraceWriter
 from lamina.kv.pages import bytes_per_page, cache_dtype_name
 from lamina.sched.batcher import Batcher
 from lamina.sched.depth import DepthPolicy
@@ -43,11 +45,14 @@ class Engine:
         deployment: Deployment,
         fleet: ExecutorFleet,
         pipeline: Pipeline,
+        *,
+        trace: TraceWriter | None = None,
     ) -> None:
         """
         Args:
             fleet: the running executors; the engine uses them and does not close them.
             pipeline: over these executors.
+            trace: gets every step; not closed either.
         """
         self.model = model
         self.deployment = deployment
@@ -65,6 +70,8 @@ class Engine:
             max_num_rows=config.max_num_batched_tokens,
             max_model_len=deployment.max_model_len,
         )
+        self._trace = trace
+        self._phases = PhaseHistograms()
         self.timeline = Timeline(fleet.name)
         self._pacing = _pacing(config, model, deployment, fleet)
         self._batcher.depth = self._pacing.depth
@@ -131,6 +138,7 @@ class Engine:
                     pages_used=budget.used(executor),
                     pages_total=pages,
                     alive=self._fleet.lost(executor) is None,
+                    weight=self._batcher.placer.weights.get(executor),
                 )
                 for executor, pages in sorted(budget.capacity_pages.items())
             ),
@@ -146,6 +154,7 @@ class Engine:
                 "steps_other": times.other_s,
                 "sample": self._sample_s,
             },
+            phases=self._phases.snapshot(),
         )
 
     def check_integrity(self) -> tuple[list[str], list[ExecutorStats]]:
@@ -220,12 +229,15 @@ class Engine:
         return outputs
 
     def _take_note(self, record: StepRecord) -> None:
-        """Let the policies see a step, and follow them."""
+        """Let the policies see a step, and follow them; add it to the histograms and the trace."""
         plan = self._plans.pop(record.step)
         weights = self._pacing.observe(record, plan, self._batcher.num_decoding)
         if weights is not None:
             self._batcher.placer.weights.update(weights)
         self._batcher.depth = self._pacing.depth
+        self._phases.add(record)
+        if self._trace is not None:
+            self._trace.write(record)
 
     def _apply(self, step: PlannedStep, finished: Finished) -> list[SequenceOutput]:
         """Sample, and commit the step. Sequences aborted meanwhile add nothing."""

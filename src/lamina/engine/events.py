@@ -57,7 +57,8 @@ class WorkerTimes(NamedTuple):
     """One worker's part of a step."""
 
     worker: str
-    """As people call it: `model`, `model-1.0` (replica and rank), `attention-worker-2`, `local`."""
+    """As people call it: `model-worker`, `model-rank-1.0` (replica, rank), `attention-worker-2`,
+    `local`."""
     times: Times
     """float64. Model workers: [L + 1, 7], columns `ModelMark`; in the row of the last slice all
     columns after BEGIN are its end. Attention workers: [L, 4], columns `AttentionMark`. Rows of

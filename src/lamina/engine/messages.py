@@ -34,6 +34,22 @@ class ExecutorStats(msgspec.Struct, frozen=True, kw_only=True):
     pages_used: int
     pages_total: int
     alive: bool = True
+    weight: float | None = None
+    """The share of new work that it gets, as a ratio to the others'; None: the local executor."""
+
+
+PHASE_BUCKETS_S = (
+    1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+"""Upper bounds, inclusive, of the buckets of `PhaseHistogram`."""
+
+
+class PhaseHistogram(msgspec.Struct, frozen=True, array_like=True):
+    """How many steps spent how long in one phase."""
+
+    counts: tuple[int, ...]
+    """Steps per bucket of `PHASE_BUCKETS_S`, and those above the last."""
+    sum_s: float
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +64,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     steps_total: int = 0
     seconds: dict[str, float] = msgspec.field(default_factory=dict)
     """Where the engine's time went since its start, by phase."""
+    phases: dict[str, PhaseHistogram] = msgspec.field(default_factory=dict)
+    """Where the time of steps went; keys are `breakdown.PARTS`."""
 
 
 class AddRequests(msgspec.Struct, frozen=True, tag=True):

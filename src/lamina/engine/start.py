@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel, convert, convert_structure
 from lamina.engine.engine import Engine
+from lamina.engine.trace import TraceWriter
 from lamina.kv.pages import cache_dtype_name
 from lamina.workers.deployment import Deployment, Machine, resolve
 from lamina.workers.fleet import ExecutorFleet, worker_name
@@ -20,10 +21,11 @@ from lamina.workers.remote_pipeline import RemotePipeline
 
 @dataclass(frozen=True, slots=True)
 class StartedEngine:
-    """An engine and the processes that it uses. Close it to end them."""
+    """An engine and what it uses. Close it to end the processes and the trace."""
 
     engine: Engine
     fleet: ExecutorFleet
+    trace: TraceWriter | None = None
     ranks: ModelRanks | None = None
     """None: the slices run in this process."""
 
@@ -33,6 +35,8 @@ class StartedEngine:
         finally:
             if self.ranks is not None:
                 self.ranks.close()
+            if self.trace is not None:
+                self.trace.close()
 
 
 def start_engine(
@@ -50,6 +54,7 @@ def start_engine(
     Raises:
         LaminaError: anything that keeps the engine from starting; nothing is left running.
     """
+    trace = TraceWriter(config.trace) if config.trace is not None else None
     has_ranks = config.model_replicas * config.tensor_parallel_size > 1
     if config.attention == "remote" or has_ranks:
         start_fork_server(for_models=has_ranks)  # imports torch meanwhile
@@ -72,7 +77,7 @@ def start_engine(
         this_machine(),
     )
     if has_ranks:
-        return _start_over_ranks(config, model, deployment)
+        return _start_over_ranks(config, model, deployment, trace)
     limit_threads(deployment.num_threads)
     pool = pinned_pool(deployment.num_threads, config.model_cores)
     if not is_given:
@@ -83,6 +88,7 @@ def start_engine(
         fleet.ends,
         num_micro_batches=deployment.max_depth,
         early_q=config.early_q,
+        defer=config.defer,
         step_deadline_s=config.step_deadline_s,
     )
     pipeline = LocalPipeline(
@@ -91,11 +97,12 @@ def start_engine(
         num_micro_batches=deployment.max_depth,
         step_deadline_s=config.step_deadline_s,
     )
-    return StartedEngine(Engine(config, model, deployment, fleet, pipeline), fleet)
+    engine = Engine(config, model, deployment, fleet, pipeline, trace=trace)
+    return StartedEngine(engine, fleet, trace)
 
 
 def _start_over_ranks(
-    config: EngineConfig, model: SlicedModel, deployment: Deployment
+    config: EngineConfig, model: SlicedModel, deployment: Deployment, trace: TraceWriter | None
 ) -> StartedEngine:
     """Start hosts, ranks and attention workers, and the engine over them."""
     limit_threads(1)  # only sampling is left to do here
@@ -118,7 +125,8 @@ def _start_over_ranks(
             step_deadline_s=config.step_deadline_s,
         )
         ranks.wait_until_ready()
-        return StartedEngine(Engine(config, model, deployment, fleet, pipeline), fleet, ranks)
+        engine = Engine(config, model, deployment, fleet, pipeline, trace=trace)
+        return StartedEngine(engine, fleet, trace, ranks)
     except BaseException:
         if fleet is not None:
             fleet.close()

@@ -39,10 +39,12 @@ class _Pending:
 
     __slots__ = ("expected", "record", "reports")
 
-    def __init__(self, record: StepRecord, expected: frozenset[int]) -> None:
+    def __init__(
+        self, record: StepRecord, expected: frozenset[int], reports: dict[int, Times]
+    ) -> None:
         self.record = record
         self.expected = expected
-        self.reports: dict[int, Times] = {}
+        self.reports = reports
 
 
 class ClockOffset:
@@ -83,6 +85,7 @@ class Timeline:
     def __init__(self, executor_name: Callable[[int], str], *, num_steps: int = NUM_STEPS) -> None:
         self._executor_name = executor_name
         self._pending: deque[_Pending] = deque()
+        self._early: dict[int, dict[int, Times]] = {}  # by step; the last slice still runs
         self._records: deque[StepRecord] = deque(maxlen=num_steps)
         self._offsets: dict[int, ClockOffset] = {}
         self._num_reports: dict[int, int] = {}
@@ -119,12 +122,17 @@ class Timeline:
                 model=_model_times(finished.times),
                 attention=(),
             )
-            self._pending.append(_Pending(record, finished.executors))
+            early = self._early.pop(plan.step, {})
+            self._pending.append(_Pending(record, finished.executors, early))
         for report in finished.reports:
             for pending in self._pending:
                 if pending.record.step == report.step:
                     pending.reports[report.executor] = report.times
                     break
+            else:
+                self._early.setdefault(report.step, {})[report.executor] = report.times
+        while len(self._early) > _MOST_LATE:  # they came too late
+            del self._early[next(iter(self._early))]
         complete = []
         while self._pending and (
             self._pending[0].reports.keys() >= self._pending[0].expected

@@ -5,12 +5,19 @@ engine last told. Every app has a registry of its own; nothing is global.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
+from lamina.engine.messages import PHASE_BUCKETS_S, PhaseHistogram
 from lamina.engine.outputs import GenerationChunk
 from lamina.server.contract import ServingEngine
 from lamina.types import FinishReason
@@ -158,7 +165,15 @@ class _EngineCollector(Collector):
         total = GaugeMetricFamily(
             "lamina_kv_pages_total", "KV pages, per attention executor", labels=["executor"]
         )
+        weight = GaugeMetricFamily(
+            "lamina_attention_weight",
+            "Share of new work of each attention worker, 0 to 1",
+            labels=["executor"],
+        )
+        weights = sum(executor.weight or 0.0 for executor in stats.executors)
         for executor in stats.executors:
+            if executor.weight is not None:
+                weight.add_metric([executor.name], executor.weight / weights)
             used.add_metric([executor.name], executor.pages_used)
             total.add_metric([executor.name], executor.pages_total)
         preemptions = CounterMetricFamily(
@@ -173,6 +188,22 @@ class _EngineCollector(Collector):
         for phase, value in stats.seconds.items():
             seconds.add_metric([phase], value)
         yield from (up, running, waiting, used, total, preemptions, steps, seconds)
+        yield weight
+        yield _step_phases(stats.phases)
+
+
+def _step_phases(phases: Mapping[str, PhaseHistogram]) -> Metric:
+    family = HistogramMetricFamily(
+        "lamina_step_phase_seconds",
+        "Where the time of a step went, along its critical path; of a sample of the steps where "
+        "they are short",
+        labels=["phase"],
+    )
+    bounds = [*map(str, PHASE_BUCKETS_S), "+Inf"]
+    for phase, histogram in phases.items():
+        buckets = zip(bounds, accumulate(histogram.counts), strict=True)
+        family.add_metric([phase], [*buckets], histogram.sum_s)
+    return family
 
 
 class _VllmAliases(Collector):

@@ -55,6 +55,7 @@ class AssignRank(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_shares: int
     """Most shares of all spans of a step."""
     early_q: bool
+    defer: bool
     step_deadline_s: float
     busy_poll_s: float
 

@@ -90,6 +90,7 @@ class ModelWorker:
         *,
         num_micro_batches: int,
         early_q: bool,
+        defer: bool = True,
         step_deadline_s: float,
         replica: int = 0,
         num_replicas: int = 1,
@@ -98,6 +99,7 @@ class ModelWorker:
         """
         Args:
             ends: links to the executors, at least one.
+            defer: send k and v before the rest of the slice is computed.
             step_deadline_s: longest wait for anything of a slice.
             context: None with one replica.
         """
@@ -108,6 +110,7 @@ class ModelWorker:
         # The local executor last: the others get their q, k and v first.
         self._ends = {end.executor: end for end in sorted(ends, key=lambda e: e.executor == LOCAL)}
         self._early_q = early_q
+        self._defer = defer
         self._step_deadline_s = step_deadline_s
         self._num_replicas = num_replicas
         self._context = context
@@ -227,6 +230,8 @@ class ModelWorker:
                     route.post_q(index, number, q, deadline)
                 q_sent = clock()
             k, v = model.run_kv(index, state)
+            if not self._defer:
+                model.run_deferred(index, state)
             kv_end = clock()
             if not self._early_q:
                 for route in step.sends_q:
@@ -234,7 +239,8 @@ class ModelWorker:
             for route in step.sends_kv:
                 route.post_kv(index, number, k, v, deadline)
             kv_sent = clock()
-            model.run_deferred(index, state)
+            if self._defer:
+                model.run_deferred(index, state)
             if context is not None:
                 context.send(micro_batch, index, state)
             times = (begin, here, q_end, q_sent, kv_end, kv_sent, clock())

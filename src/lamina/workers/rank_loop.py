@@ -84,6 +84,7 @@ class RankLoop:
             [*ends, self._local.end],
             num_micro_batches=assign.num_micro_batches,
             early_q=assign.early_q,
+            defer=assign.defer,
             step_deadline_s=assign.step_deadline_s,
             replica=start.replica,
             num_replicas=start.num_replicas,

@@ -292,6 +292,7 @@ class ModelRanks:
             max_spans=config.max_num_seqs,
             max_shares=max_shares(config, deployment.units),
             early_q=config.early_q,
+            defer=config.defer,
             step_deadline_s=config.step_deadline_s,
             busy_poll_s=config.busy_poll_s,
         )

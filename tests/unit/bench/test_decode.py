@@ -11,11 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from lamina.bench.decode import lamina_config, measure
-from lamina.bench.shapes import SHAPES
-from lamina.bench.subjects import LaminaSubject, SubjectProcess
+from lamina.bench.subjects import LaminaSubject, Stretch, SubjectProcess
 from lamina.cli.main import app
 from lamina.errors import ConfigError, EngineDead
-from support.families import save_tiny_model
 
 
 class FakeSubject:
@@ -37,11 +35,16 @@ class FakeSubject:
     def phases(self) -> dict[str, float]:
         return {}
 
+    def stretches(self) -> list[Stretch]:
+        return []
+
 
 def test_speeds_and_ratios_are_medians_over_turns() -> None:
     fast, base = FakeSubject("fast", 2.0, [1.0, 2.0, 4.0]), FakeSubject("base", 4.0, [4.0] * 3)
     subjects: Any = [fast, base]
-    first, second = measure(subjects, batch=2, context=3, turns=3, steps_per_turn=10, vocab_size=50)
+    measured = measure(subjects, batch=2, context=3, turns=3, steps_per_turn=10, vocab_size=50)
+    assert measured.breakdowns == []  # neither has a timeline
+    first, second = measured.figures
     speeds = (first.tokens_per_s, first.tokens_per_s_low, first.tokens_per_s_high)
     assert speeds == pytest.approx((10, 5, 20))
     assert (first.ratio, first.ratio_low, first.ratio_high) == pytest.approx((2, 1, 4))
@@ -50,14 +53,6 @@ def test_speeds_and_ratios_are_medians_over_turns() -> None:
     assert (second.ratio, second.prefill_tokens_per_s) == pytest.approx((1, 1.5))
     assert fast.prompts == base.prompts
     assert [len(prompt) for prompt in fast.prompts] == [3, 3]
-
-
-@pytest.fixture
-def tiny_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    save_tiny_model("llama", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    monkeypatch.setitem(SHAPES, "tiny", config | {"dtype": "bfloat16"})
-    return "tiny"
 
 
 def test_the_command_measures_deployments_beside_transformers(
@@ -81,6 +76,30 @@ def test_the_command_measures_deployments_beside_transformers(
     assert figures[-1]["ratio"] == 1
     assert figures[0]["phases_ms"]["slices"] > 0
     assert (tmp_path / "decode.svg").read_text().startswith("<?xml")
+
+
+def test_the_breakdown_of_two_depths(tiny_shape: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app,
+        ["bench", "decode", "--shape", tiny_shape, "--batch", "6", "--context", "20", "--turns",
+         "2", "--steps", "4", "--attention-workers", "1", "--threads", "1", "--pipeline-depths",
+         "1,2", "--no-transformers", "--breakdown", "--json", "-",
+         "--plot", str(tmp_path / "breakdown.svg")],
+        catch_exceptions=False,
+    )  # fmt: skip
+    written = json.loads(result.stdout)
+    names = ["lamina, 1 remote over shm, depth 2", "lamina, 1 remote over shm, depth 1"]
+    assert [figure["subject"] for figure in written["figures"]] == names
+    assert written["figures"][-1]["ratio"] == 1
+    deep, flat = written["breakdowns"]
+    assert [deep["subject"], flat["subject"]] == names
+    assert (deep["rows_per_step"], flat["rows_per_step"]) == (3, 6)
+    for breakdown in (deep, flat):
+        assert sum(breakdown["parts_ms"].values()) == pytest.approx(breakdown["step_ms"])
+        assert all(0 < share <= 1 for share in breakdown["busy"].values())
+        assert min(breakdown["model_ms"], breakdown["attention_ms"]) > 0
+    assert flat["parts_ms"]["queue"] < 0.05 * flat["step_ms"]
+    assert (tmp_path / "breakdown.svg").read_text().startswith("<?xml")
 
 
 def test_a_subject_that_cannot_start_is_an_error(tmp_path: Path) -> None:

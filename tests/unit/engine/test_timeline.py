@@ -70,6 +70,15 @@ def test_a_record_has_what_every_worker_did() -> None:
     assert {event.worker for event in events} == {"engine", MODEL_WORKER, *NAMES.values()}
 
 
+def test_reports_may_come_before_the_last_slice_is_through() -> None:
+    timeline = Timeline(NAMES.__getitem__)
+    early = (report(1, 2, 105.0), report(2, 2, 105.0))
+    add(timeline, finished(1, 100.0, report(1, 1, 100.0), report(2, 1, 100.0), *early), 100.0)
+    add(timeline, finished(2, 105.0), 105.0)
+    assert [record.step for record in timeline.records] == [1, 2]
+    assert [w.worker for w in timeline.records[1].attention] == list(NAMES.values())
+
+
 def test_late_reports_are_waited_for_in_order() -> None:
     timeline = Timeline(NAMES.__getitem__)
     add(timeline, finished(1, 100.0, report(1, 1, 100.0)), 100.0)

@@ -4,6 +4,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from lamina.engine.messages import PHASE_BUCKETS_S
 from lamina.errors import QueueFull
 from lamina.server.app import create_app
 
@@ -42,6 +43,8 @@ def test_page(tools):
     assert after["lamina_requests_waiting",] == 1
     assert after["lamina_kv_pages_used", "attention-1"] == 3
     assert after["lamina_kv_pages_total", "attention-2"] == 12
+    assert after["lamina_attention_weight", "attention-1"] == 0.25
+    assert after["lamina_attention_weight", "attention-2"] == 0.75
     assert after["lamina_preemptions_total",] == 5
     assert after["lamina_engine_steps_total",] == 7
     assert after["lamina_engine_seconds_total", "attention"] == 1.5
@@ -61,6 +64,21 @@ def test_page(tools):
     assert after["vllm:request_success_total", "m", "stop"] == 4
     assert after["vllm:time_to_first_token_seconds_count", "m"] == 6
     assert after["vllm:kv_cache_usage_perc", "m"] == 0.5
+
+
+def test_step_phases_are_histograms(http):
+    buckets = {
+        sample.labels["le"]: sample.value
+        for family in text_string_to_metric_families(http.get("/metrics").text)
+        for sample in family.samples
+        if sample.name == "lamina_step_phase_seconds_bucket" and sample.labels["phase"] == "model"
+    }
+    assert len(buckets) == len(PHASE_BUCKETS_S) + 1
+    assert (buckets["0.0001"], buckets["0.00025"], buckets["0.0005"]) == (1, 1, 5)
+    assert (buckets["10.0"], buckets["+Inf"]) == (5, 7)
+    page = scrape(http)
+    assert page["lamina_step_phase_seconds_count", "model"] == 7
+    assert page["lamina_step_phase_seconds_sum", "model"] == 25.5
 
 
 def test_aborted_requests_are_counted(http, engine, tools):

@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from lamina.bench.shapes import SHAPES, write_shape
+from lamina.cli.bench.breakdown import draw as draw_breakdown
+from lamina.cli.bench.breakdown import table as breakdown_table
+from lamina.cli.bench.deployments import deployments
 from lamina.cli.bench.output import (
     JsonOption,
     PlotOption,
@@ -24,14 +27,18 @@ from lamina.cli.bench.output import (
     write_json,
     write_plot,
 )
+from lamina.config import parse_cores
 from lamina.errors import ConfigError
-from lamina.types import ceil_div
 
 if TYPE_CHECKING:  # torch takes seconds to import, which no other command should wait for
     from matplotlib.axes import Axes
 
+    from lamina.bench.breakdown import Breakdown
     from lamina.bench.decode import Figure
     from lamina.bench.subjects import SubjectProcess
+
+Switch = Literal["on", "off", "both"]
+_SWITCHES = {"on": [True], "off": [False], "both": [True, False]}
 
 
 def decode(
@@ -41,54 +48,74 @@ def decode(
     attention_workers: Annotated[
         str, typer.Option(help="Deployments: numbers of workers, 0 is monolithic.")
     ] = "0,1",
+    transport: Annotated[
+        str, typer.Option(help="shm or tcp, or both, comma-separated: one deployment each.")
+    ] = "shm",
+    pipeline_depths: Annotated[
+        str, typer.Option(help="Micro-batches in flight, comma-separated: one deployment each.")
+    ] = "1",
+    replicas: Annotated[str, typer.Option(help="Model replicas: one deployment each.")] = "1",
+    tensor_parallel: Annotated[str, typer.Option(help="Ranks: one deployment each.")] = "1",
+    early_q: Annotated[Switch, typer.Option(help="Send q before k and v are computed.")] = "on",
+    deferred: Annotated[
+        Switch, typer.Option(help="Send k and v before the rest of the slice is computed.")
+    ] = "on",
     transformers: Annotated[
         bool, typer.Option(help="Measure transformers in the same run, as the baseline.")
     ] = True,
     turns: Annotated[int, typer.Option(help="Turns that each subject takes.", min=1)] = 7,
     steps: Annotated[int, typer.Option(help="Decode steps in a turn.", min=1)] = 8,
     threads: Annotated[int | None, typer.Option(help="Threads of each process.")] = None,
-    transport: Annotated[
-        str, typer.Option(help="shm or tcp, or both, comma-separated: one deployment each.")
-    ] = "shm",
+    model_cores: Annotated[
+        str | None, typer.Option(help="Cores of the model worker, a thread each.")
+    ] = None,
+    worker_cores: Annotated[
+        str | None, typer.Option(help="Cores of the attention workers, a thread each.")
+    ] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto or int8.")] = "auto",
+    breakdown: Annotated[
+        bool, typer.Option("--breakdown", help="Where the time of a step goes; --plot draws that.")
+    ] = False,
     json: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
     """Tokens per second and time between tokens of a shape with random bf16 weights.
 
-    Deployments side by side, in turns.
+    Deployments side by side, in turns. Ratios are to the last one.
     """
-    from lamina.bench.decode import measure
-    from lamina.bench.subjects import PREFILL_ROWS
+    from lamina.bench.decode import measure, num_tokens_needed
 
     if shape not in SHAPES:
         raise ConfigError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     batches, contexts = numbers(batch, "batch"), numbers(context, "context")
-    deployments = [
-        (count, name)
-        for count in numbers(attention_workers, "attention_workers")
-        for name in (transport.split(",") if count else ("auto",))
-    ]
-    threads = threads or len(os.sched_getaffinity(0))
-    # While the last prompts are computed, the first sequences already decode.
-    prefill_steps = 2 * ceil_div(max(batches) * max(contexts), PREFILL_ROWS)
-    length = max(contexts) + prefill_steps + turns * steps + 2
+    names = deployments(
+        numbers(attention_workers, "attention_workers"),
+        {
+            "transport": transport.split(","),
+            "pipeline_depth": numbers(pipeline_depths, "pipeline_depths"),
+            "model_replicas": numbers(replicas, "replicas"),
+            "tensor_parallel_size": numbers(tensor_parallel, "tensor_parallel"),
+            "early_q": _SWITCHES[early_q],
+            "defer": _SWITCHES[deferred],
+        },
+    )
+    common: dict[str, Any] = {
+        "batch": max(batches),
+        "length": max(contexts) + num_tokens_needed(max(batches), max(contexts), turns, steps),
+        "num_threads": threads or len(os.sched_getaffinity(0)),
+        "model_cores": parse_cores(model_cores, "model_cores") if model_cores else (),
+        "worker_cores": parse_cores(worker_cores, "worker_cores") if worker_cores else (),
+        "kv_cache_dtype": kv_cache_dtype,
+    }
     figures: list[Figure] = []
+    breakdowns: list[Breakdown] = []
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
-            _subjects(
-                write_shape(shape, Path(folder)),
-                deployments,
-                transformers,
-                max(batches),
-                length,
-                threads,
-                kv_cache_dtype,
-            ) as subjects,
+            _subjects(write_shape(shape, Path(folder)), names, common, transformers) as subjects,
         ):
             for size, tokens in product(batches, contexts):
-                figures += measure(
+                measured = measure(
                     subjects,
                     batch=size,
                     context=tokens,
@@ -96,40 +123,56 @@ def decode(
                     steps_per_turn=steps,
                     vocab_size=int(str(SHAPES[shape]["vocab_size"])),
                 )
+                figures += measured.figures
+                breakdowns += measured.breakdowns
                 print(f"batch {size}, context {tokens}: done", file=sys.stderr)
     finally:  # what was measured is not lost when a later case fails
-        if json:
-            write_json(figures, json)
-        if plot and figures:
-            write_plot(plot, lambda axes: _draw(figures, axes), size=(8, 4))
         if figures:
-            Console(stderr=str(json) == "-", width=150).print(_table(shape, threads, figures))
+            _show(
+                shape, common["num_threads"], figures, breakdowns if breakdown else [], json, plot
+            )
+
+
+def _show(
+    shape: str,
+    threads: int,
+    figures: list[Figure],
+    breakdowns: list[Breakdown],
+    json: Path | None,
+    plot: Path | None,
+) -> None:
+    """`breakdowns`: empty unless they were asked for."""
+    if json and breakdowns:
+        write_json({"figures": figures, "breakdowns": breakdowns}, json)
+    elif json:
+        write_json(figures, json)
+    if plot and breakdowns:
+        width = 2 + 1.5 * len(breakdowns)
+        write_plot(plot, lambda axes: draw_breakdown(breakdowns, axes), size=(width, 4))
+    elif plot:
+        write_plot(plot, lambda axes: _draw(figures, axes), size=(8, 4))
+    console = Console(stderr=str(json) == "-", width=150)
+    console.print(_table(shape, threads, figures))
+    if breakdowns:
+        console.print(breakdown_table(f"Breakdown, {shape}, means", breakdowns))
 
 
 @contextmanager
 def _subjects(
     folder: Path,
-    deployments: list[tuple[int, str]],
+    names: dict[str, dict[str, Any]],
+    common: dict[str, Any],
     transformers: bool,
-    batch: int,
-    length: int,
-    threads: int,
-    kv_cache_dtype: str,
 ) -> Iterator[list[SubjectProcess]]:
     from lamina.bench.decode import lamina_config
     from lamina.bench.subjects import lamina_subject, transformers_subject
 
     subjects: list[SubjectProcess] = []
     try:
-        for count, transport in deployments:
-            name = f"lamina, {count} remote over {transport}" if count else "lamina, monolithic"
-            config = lamina_config(
-                folder, num_workers=count, batch=batch, length=length, num_threads=threads,
-                transport=transport, kv_cache_dtype=kv_cache_dtype,
-            )  # fmt: skip
-            subjects.append(lamina_subject(name, config))
+        for name, settings in names.items():
+            subjects.append(lamina_subject(name, lamina_config(folder, **common, **settings)))
         if transformers:
-            subjects.append(transformers_subject(str(folder), threads))
+            subjects.append(transformers_subject(str(folder), common["num_threads"]))
         yield subjects
     finally:
         for subject in subjects:
