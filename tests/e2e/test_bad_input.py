@@ -112,10 +112,10 @@ CASES: dict[str, Case] = {
     ),
     "model that cannot be cut": Case(("BLOOM",), "ConversionError", ("attention interface",)),
     "port in use": Case(("MODEL", "--port", "TAKEN_PORT"), "ConfigError", ("port", "in use")),
-    "heads that do not divide": Case(
-        ("MODEL", "--attention-workers", "4", "--attention-partition", "heads"),
+    "more workers than heads": Case(
+        ("MODEL", "--attention-workers", "7", "--attention-partition", "heads"),
         "ConfigError",
-        ("4 attention workers", "1 or 2 or 3 or 6"),
+        ("7 attention workers", "at most 6"),
     ),
     "no attention worker": Case(
         ("MODEL", "--attention-workers", "0"), "ConfigError", ("attention_workers", "local")
