@@ -1,1 +1,1 @@
-"""What a deployment will deliver before it is bought: costs, simulation, search. Pure: no torch."""
+"""Know before you buy: hardware, model costs, workloads. Pure; no torch."""
