@@ -81,9 +81,10 @@ class Devices(msgspec.Struct, frozen=True, kw_only=True):
 
     device: Device
     count: int = 1
-    share: float = 1.0
-    """Of each device's computing speed and memory bandwidth (an executor beside a prefill instance
-    has less than all)."""
+    compute_share: float = 1.0
+    """Of each device's computing speed: an executor beside a prefill instance has less than all."""
+    bandwidth_share: float = 1.0
+    """Of each device's memory bandwidth."""
 
     @property
     def memory_bytes(self) -> float:
@@ -95,14 +96,10 @@ class Devices(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def bandwidth_bytes_per_s(self) -> float:
-        return self.device.bandwidth_bytes_per_s * self.count * self.share
+        return self.device.bandwidth_bytes_per_s * self.count * self.bandwidth_share
 
     def flops_per_s(self, dtype: str) -> float:
-        return self.device.flops_for(dtype) * self.count * self.share
-
-    def scaled(self, share: float) -> Devices:
-        """The same with a share of their speed."""
-        return msgspec.structs.replace(self, share=share)
+        return self.device.flops_for(dtype) * self.count * self.compute_share
 
 
 def roofline_s(
@@ -231,7 +228,7 @@ class AttentionCost:
         if tokens <= 0:
             return 0.0
         if self._measured is not None:
-            speed = self._devices.count * self._devices.share
+            speed = self._devices.count * self._devices.bandwidth_share
             return self._measured.decode.at(rows, tokens / rows) / speed
         flops, num_bytes = self.work(rows, tokens)
         return roofline_s(
@@ -253,7 +250,7 @@ class AttentionCost:
     def prompt_seconds(self, rows: int, before: int) -> float:
         """A chunk of one prompt."""
         if self._measured is not None and self._measured.prompt is not None:
-            speed = self._devices.count * self._devices.share
+            speed = self._devices.count * self._devices.compute_share
             return self._measured.prompt.at(rows, before) / speed
         flops, num_bytes = self.prompt_work(rows, before)
         return roofline_s(
