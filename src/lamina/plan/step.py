@@ -190,10 +190,11 @@ class StepCost:
         out_s, out_link = transfer(attending, self._out_bytes)
         return q_s, kv_s, out_s, max(q_link + kv_link, out_link)
 
-    def hop_bytes(self, load: StepLoad) -> float:
-        """Bytes between the replica and the attention workers, both directions."""
-        rows = sum(n for x, n in load.attending.items() if x != LOCAL)
-        return rows * self.model.hop_bytes_per_row + sum(load.stored.values()) * self._kv_bytes
+    def hop_bytes(self, load: StepLoad, executor: int) -> float:
+        """Bytes between the replica and an attention worker, both directions."""
+        rows = load.attending.get(executor, 0.0)
+        stored = load.stored.get(executor, 0.0)
+        return rows * self.model.hop_bytes_per_row + stored * self._kv_bytes
 
     def model_work(self, load: StepLoad) -> Work:
         """Of the replica: slices and local attention."""
