@@ -32,7 +32,8 @@ def pipeline_times(
     *,
     shared_attention: bool = True,
 ) -> list[SliceRun]:
-    """Run `num_steps` steps of every micro-batch; all of them start at 0, none drains between steps.
+    """Run `num_steps` steps of every micro-batch; all of them start at 0, none drains between
+    steps.
 
     Args:
         slice_s: seconds of one slice on one replica, above 0.
@@ -106,7 +107,8 @@ def round_s(
 ) -> float:
     """Seconds from one slice of a micro-batch to its next once the pipeline runs steadily.
 
-    The replicas are the bound, or the attention workers, or one micro-batch's own way there and back.
+    The replicas are the bound, or the attention workers, or one micro-batch's own way there and
+    back.
     """
     bounds = [
         ticks_per_round(num_micro_batches, num_replicas) * slice_s / num_replicas,

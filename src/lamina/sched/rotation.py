@@ -1,20 +1,20 @@
 """Rotational staggered pipelining: who runs which slice of which micro-batch, and when. Pure.
 
-n micro-batches are in flight over r replicas of the model, and slice k of micro-batch j runs on replica
-(j + k) mod r. A slice takes r *ticks*; slices of one micro-batch are due n ticks apart (r if n < r), and
-no replica has two at once:
+n micro-batches are in flight over r replicas of the model, and slice k of micro-batch j runs on
+replica (j + k) mod r. A slice takes r *ticks*; slices of one micro-batch are due n ticks apart (r
+if n < r), and no replica has two at once:
 
     n = 3, r = 2       tick  0   1   2   3   4   5   6   7   8
     replica 0              | A.0   | C.0   | B.1   | A.2   | ...
     replica 1                  | B.0   | A.1   | C.1   | B.2   | ...
 
-For n = r + 1 this is the paper's timetable (Lamina, section 4.3): tick s belongs to slice s div n of
-micro-batch s mod n, and an attention op is hidden completely if it takes no longer than one tick,
-t_m / (n - 1). In general it may take n - r ticks, t_m (n - r) / r.
+For n = r + 1 this is the paper's timetable (Lamina, section 4.3): tick s belongs to slice s div n
+of micro-batch s mod n, and an attention op is hidden completely if it takes no longer than one
+tick, t_m / (n - 1). In general it may take n - r ticks, t_m (n - r) / r.
 
-A step always starts on replica j mod r, so that layer k of micro-batch j is always computed on the same
-replica. Where r does not divide the number of slices, a micro-batch therefore waits at the end of a step
-for its replica's turn: up to r - 1 rounds of n ticks per step (none for one replica).
+A step always starts on replica j mod r, so that layer k of micro-batch j is always computed on the
+same replica. Where r does not divide the number of slices, a micro-batch therefore waits at the end
+of a step for its replica's turn: up to r - 1 rounds of n ticks per step (none for one replica).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def ticks_per_round(num_micro_batches: int, num_replicas: int) -> int:
 def first_tick(micro_batch: int, num_micro_batches: int, num_replicas: int) -> int:
     """The tick in which the micro-batch's slice 0 starts; slice k starts k rounds later.
 
-    On replica p, micro-batch j starts at ticks f_j + n ((p - j) mod r) + any number of n r. These are
-    r ticks apart for different j, on every replica, if f_j = a_j + n ((j - d_j) mod r) with
-    a_j = n d_j (mod r), 0 <= a_j < n, and pairs (a_j, d_j) that are all different; there are exactly
-    n such pairs. For n = r + 1 the result is j.
+    On replica p, micro-batch j starts at ticks f_j + n ((p - j) mod r) + any number of n r. These
+    are r ticks apart for different j, on every replica, if f_j = a_j + n ((j - d_j) mod r) with a_j
+    = n d_j (mod r), 0 <= a_j < n, and pairs (a_j, d_j) that are all different; there are exactly n
+    such pairs. For n = r + 1 the result is j.
     """
     n, r = ticks_per_round(num_micro_batches, num_replicas), num_replicas
     common = math.gcd(n, r)
@@ -77,11 +77,12 @@ def timetable_ticks(num_micro_batches: int, num_replicas: int, num_slices: int) 
 
 
 class Turns:
-    """Which micro-batch runs its next slice on one replica: the timetable, with late ones passed over.
+    """Which micro-batch runs its next slice on one replica: the timetable, with late ones passed
+    over.
 
-    Times differ from tick to tick, so only the timetable's order is kept. A micro-batch that was not
-    ready in its turn goes first when it is; steps may start at any time and take the next turn that is
-    theirs; numbers without a step cost nothing.
+    Times differ from tick to tick, so only the timetable's order is kept. A micro-batch that was
+    not ready in its turn goes first when it is; steps may start at any time and take the next turn
+    that is theirs; numbers without a step cost nothing.
     """
 
     def __init__(self, num_micro_batches: int, replica: int = 0, num_replicas: int = 1) -> None:
@@ -118,9 +119,9 @@ class Turns:
         self._book(micro_batch, (self._replica - micro_batch) % self._num_replicas, num_slices)
 
     def next(self, is_ready: Callable[[int], bool]) -> int | None:
-        """The micro-batch to run now: the first in the timetable that is ready, else the first, which
-        the caller then waits for (or for whichever of `active` is ready first); None when no step is
-        active."""
+        """The micro-batch to run now: the first in the timetable that is ready, else the first,
+        which the caller then waits for (or for whichever of `active` is ready first); None when no
+        step is active."""
         active = self.active
         for micro_batch in active:
             if is_ready(micro_batch):

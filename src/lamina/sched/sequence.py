@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lamina.types import EngineRequest, FinishReason
+from lamina.types import EngineRequest, FinishReason, Share
 
 
 @dataclass(slots=True)
@@ -18,8 +18,18 @@ class Sequence:
     """Tokens whose k and v are committed on `placement`."""
     prefill_target: int = 0
     """Tokens that it had when it was admitted; its rows attend locally until they are computed."""
-    placement: tuple[int, ...] = ()
-    """Executors that keep its KV; empty while it waits."""
+    placement: tuple[Share, ...] = ()
+    """Where its KV is kept; empty while it waits."""
+    reserved_tokens: int = 0
+    """Its pages hold this many tokens."""
+    micro_batch: int = 0
+    """Whose steps it runs in, unless it waits."""
+    rows_in_flight: int = 0
+    """Its rows in a step that is planned and not yet applied."""
+    aborted: bool = False
+    """It ends when the step in flight is applied."""
+    starved: bool = False
+    """It was left out of a step for want of a page, and is the next to get one."""
     num_scored: int = 0
     """Prompt positions whose next token's log-probability was reported (if asked for)."""
 
@@ -30,6 +40,22 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def in_flight(self) -> bool:
+        return self.rows_in_flight > 0
+
+    @property
+    def prompt_rows_left(self) -> int:
+        """Rows of `prefill_target` that no step has, not even one in flight."""
+        return max(0, self.prefill_target - self.num_computed - self.rows_in_flight)
+
+    def longest(self, max_model_len: int) -> int:
+        """Most tokens that it may ever have."""
+        max_tokens = self.request.sampling.max_tokens
+        if max_tokens is None:
+            return max_model_len
+        return min(max_model_len, self.num_prompt_tokens + max_tokens)
 
     @property
     def prefilling(self) -> bool:
