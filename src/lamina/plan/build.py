@@ -10,7 +10,7 @@ import msgspec
 
 from lamina.errors import CapacityError, ConfigError
 from lamina.plan.cost import Devices, Efficiency
-from lamina.plan.deployment import Disaggregated, Monolithic, Offload, Pool
+from lamina.plan.deployment import Disaggregated, Monolithic, Offload, Pool, PrefillDecode
 from lamina.plan.instance import Instance
 from lamina.plan.model import ModelCost
 from lamina.plan.offloading import OffloadPlacer
@@ -66,8 +66,6 @@ class Site(NamedTuple):
     instance: Instance
     model: Pool
     model_role: str
-    model_devices: int
-    """Of the model pool that are this instance's."""
     attention: dict[int, Pool]
     """The pool of each executor that is not on the model's devices."""
     weight_bytes: float
@@ -112,7 +110,7 @@ class Builder:
             Devices(device=pool.device, count=pool.count),
             {},
         )
-        return Site(instance, pool, "model and attention", pool.count, {}, self._weights())
+        return Site(instance, pool, "model and attention", {}, self._weights())
 
     def disaggregated(self, deployment: Disaggregated) -> Site:
         model, replicas = deployment.model, deployment.replicas
@@ -145,7 +143,7 @@ class Builder:
             early_q=deployment.early_q,
         )
         weight_bytes = self._weights() * replicas
-        return Site(instance, model, "model", model.count, pools, weight_bytes)
+        return Site(instance, model, "model", pools, weight_bytes)
 
     def prefill(
         self, pool: Pool, offload: Offload | None, on_finish: Callable[[int, float], None]
@@ -171,14 +169,15 @@ class Builder:
             on_finish=on_finish,
             gives_tokens=False,
         )
-        return Site(instance, pool, "prefill", 1, {}, self._weights())
+        return Site(instance, pool, "prefill", {}, self._weights())
 
-    def decode(self, pool: Pool, prefill: Pool, offload: Offload | None) -> Site:
+    def decode(self, deployment: PrefillDecode) -> Site:
         """The decode instance, with an executor on each prefill instance if it may offload.
 
         Its own KV is executor 1: the prompts of requests that come with their KV need no room in the
         local executor.
         """
+        pool, prefill, offload = deployment.decode, deployment.prefill, deployment.offload
         own = self.room_bytes(pool, pool.count)
         capacity, page_units = {LOCAL: UNLIMITED_PAGES, 1: self.pages(own)}, {LOCAL: self.units}
         executors: dict[int, Devices] = {}
@@ -209,7 +208,6 @@ class Builder:
             instance,
             pool,
             "decode",
-            pool.count,
             dict.fromkeys(executors, prefill),
             self._weights(),
         )
@@ -249,9 +247,7 @@ class Builder:
         one of all their devices."""
         pools = deployment.attention
         return (
-            deployment.partition == "heads"
-            and len(pools) == 1
-            and self.units % pools[0].count == 0
+            deployment.partition == "heads" and len(pools) == 1 and self.units % pools[0].count == 0
         )
 
     def _workers(self, deployment: Disaggregated) -> list[tuple[Pool, int]]:
@@ -281,9 +277,7 @@ class Builder:
                 )
                 for e, x in executors.items()
             ),
-            Resources(
-                memory_bytes=own_bytes, bandwidth_bytes_per_s=devices.bandwidth_bytes_per_s
-            ),
+            Resources(memory_bytes=own_bytes, bandwidth_bytes_per_s=devices.bandwidth_bytes_per_s),
         )
         cost = self._cost(devices, {})
         fits = budget.capacity_pages[1] * budget.page_tokens / self.mean_context

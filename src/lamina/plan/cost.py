@@ -31,7 +31,9 @@ class EfficiencyCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ConfigError(
                 f"shares must be as many as sizes ({len(self.sizes)}), got {len(self.shares)}"
             )
-        if self.sizes[0] <= 0 or any(b <= a for a, b in zip(self.sizes, self.sizes[1:], strict=False)):
+        if self.sizes[0] <= 0 or any(
+            b <= a for a, b in zip(self.sizes, self.sizes[1:], strict=False)
+        ):
             raise ConfigError(f"sizes must be positive and increasing, got {list(self.sizes)}")
         if any(not 0 < share <= 1 for share in self.shares):
             raise ConfigError(f"shares must be above 0 and at most 1, got {list(self.shares)}")
@@ -73,7 +75,9 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 )
         for field in ("hop_latency_s", "collective_latency_s"):
             if not getattr(self, field) >= 0:
-                raise ConfigError(f"efficiency {field} must be at least 0, got {getattr(self, field)}")
+                raise ConfigError(
+                    f"efficiency {field} must be at least 0, got {getattr(self, field)}"
+                )
 
 
 class Devices(msgspec.Struct, frozen=True, kw_only=True):

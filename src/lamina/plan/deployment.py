@@ -1,10 +1,10 @@
 """Deployments: which devices do what. One line of text names one.
 
-    mono:4xH100                                tensor-parallel over four devices
-    dop:2xH100/4xH20,depth=2                   model workers / attention workers
-    dop:4xH100/2xH20+2xL40S,replicas=2,depth=3 two replicas of two ranks, mixed attention workers
-    pd:1xA100 80GB/1xA100 80GB                 prefill instances / decode instance
-    pd:1xA100 80GB/1xA100 80GB,offload=auto    some decode attention on the prefill instances
+mono:4xH100                                tensor-parallel over four devices
+dop:2xH100/4xH20,depth=2                   model workers / attention workers
+dop:4xH100/2xH20+2xL40S,replicas=2,depth=3 two replicas of two ranks, mixed attention workers
+pd:1xA100 80GB/1xA100 80GB                 prefill instances / decode instance
+pd:1xA100 80GB/1xA100 80GB,offload=auto    some decode attention on the prefill instances
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise ConfigError(f"the number of {self.device.name} must be at least 1, got {self.count}")
+            raise ConfigError(
+                f"the number of {self.device.name} must be at least 1, got {self.count}"
+            )
 
     def __str__(self) -> str:
         return f"{self.count}x{self.device.name}"
@@ -136,7 +138,9 @@ def price_per_hour(deployment: Deployment) -> float | None:
     prices = [pool.device.price_per_hour for pool in deployment.pools]
     if any(price is None for price in prices):
         return None
-    return sum(price * pool.count for price, pool in zip(prices, deployment.pools, strict=True) if price)
+    return sum(
+        price * pool.count for price, pool in zip(prices, deployment.pools, strict=True) if price
+    )
 
 
 def power_w(deployment: Deployment) -> float | None:
@@ -144,7 +148,9 @@ def power_w(deployment: Deployment) -> float | None:
     powers = [pool.device.power_w for pool in deployment.pools]
     if any(power is None for power in powers):
         return None
-    return sum(power * pool.count for power, pool in zip(powers, deployment.pools, strict=True) if power)
+    return sum(
+        power * pool.count for power, pool in zip(powers, deployment.pools, strict=True) if power
+    )
 
 
 _EXAMPLE = "such as mono:4xH100, dop:2xH100/4xH20,depth=2 or pd:1xH100/1xH100,offload=auto"

@@ -144,9 +144,7 @@ class Instance:
         self._end = None
         for micro_batch, flight in flights.items():
             others = [f.times for m, f in flights.items() if m != micro_batch]
-            flight.duration_s = self.cost.step_s(
-                round_s(flight.times, others, self._num_replicas)
-            )
+            flight.duration_s = self.cost.step_s(round_s(flight.times, others, self._num_replicas))
             end_s = self._now_s + max(0.0, flight.left) * flight.duration_s
             if self._end is None or end_s < self._end[0]:
                 self._end = end_s, micro_batch
@@ -186,9 +184,7 @@ class Instance:
                 executor = LOCAL if share.executor == own else share.executor
                 part = share.num_units / units
                 attending[executor] = attending.get(executor, 0.0) + part
-                attended[executor] = (
-                    attended.get(executor, 0.0) + part * share.num_tokens(total)
-                )
+                attended[executor] = attended.get(executor, 0.0) + part * share.num_tokens(total)
         load.logit_rows = len(tokens)
         return Flight(plan, load, self.cost.times(load), tokens, first)
 

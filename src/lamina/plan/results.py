@@ -18,7 +18,9 @@ class Percentiles(msgspec.Struct, frozen=True, kw_only=True):
     max: float
 
 
-def percentiles(values: Iterable[float], weights: Iterable[int] | None = None) -> Percentiles | None:
+def percentiles(
+    values: Iterable[float], weights: Iterable[int] | None = None
+) -> Percentiles | None:
     """Of values that occur `weights` times each (once by default); None if there are none.
 
     A percentile is the smallest value that at least so many lie at or below.

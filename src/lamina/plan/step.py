@@ -135,6 +135,39 @@ class StepCost:
         self._step_overhead_s = 0.0 if profile is None else profile.step_overhead_s
         self._row_overhead_s = 0.0 if profile is None else profile.row_overhead_s
 
+    def compute_knee(self) -> float:
+        """The rows from which on the slices are compute-bound: twice as many rows take, within a
+        hundredth, twice as long."""
+        rows = 1
+        while rows < 2**20 and self.slices.seconds(2 * rows) < 1.98 * self.slices.seconds(rows):
+            rows *= 2
+        low, high = rows // 2, rows
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.slices.seconds(2 * middle) < 1.98 * self.slices.seconds(middle):
+                low = middle
+            else:
+                high = middle
+        return float(high)
+
+    def objective_batch(self, tbt_s: float | None, context: float, most: float) -> float:
+        """Sequences of that context that a step with local attention serves within `tbt_s` (None:
+        no objective), at most `most`."""
+        if tbt_s is None:
+            return most
+        low, high = 0, int(most) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            load = StepLoad(
+                rows=middle,
+                logit_rows=middle,
+                attending={LOCAL: float(middle)},
+                attended={LOCAL: middle * context},
+            )
+            within = self.step_s(self.times(load).own_s) <= tbt_s
+            low, high = (middle, high) if within else (low, middle)
+        return float(low)
+
     def step_s(self, round_s: float) -> float:
         """Seconds of a step whose rounds take `round_s`."""
         return self._rounds * round_s
