@@ -18,7 +18,7 @@ import msgspec
 from lamina.config import MAX_PIPELINE_DEPTH
 from lamina.errors import ConfigError
 from lamina.plan.hardware import Device, find_device
-from lamina.plan.names import find_by_name
+from lamina.plan.names import find_by_name, normalise
 
 
 class Pool(msgspec.Struct, frozen=True, kw_only=True):
@@ -220,6 +220,8 @@ def _offload(options: dict[str, str]) -> Offload | None:
 
 
 def _pool(text: str, devices: Mapping[str, Device]) -> Pool:
+    if normalise(text) in map(normalise, devices):  # a name may begin like a count: 2x EPYC 9654
+        return Pool(device=find_device(text, dict(devices)))
     match = re.fullmatch(r"\s*(?:([0-9]+)\s*x\s*)?(.+?)\s*", text)
     if match is None:
         raise ConfigError(f"devices must be given such as 4xH100, got {text!r}")
