@@ -13,7 +13,7 @@ from lamina.plan.cost import Devices, Efficiency
 from lamina.plan.deployment import Disaggregated, Monolithic, Offload, Pool, PrefillDecode
 from lamina.plan.instance import Instance
 from lamina.plan.model import ModelCost
-from lamina.plan.offloading import OffloadPlacer
+from lamina.plan.offloading import OWN, OffloadPlacer
 from lamina.plan.profile import Profile
 from lamina.plan.recorder import RequestTimes
 from lamina.plan.step import StepCost
@@ -174,43 +174,73 @@ class Builder:
     def decode(self, deployment: PrefillDecode) -> Site:
         """The decode instance, with an executor on each prefill instance if it may offload.
 
-        Its own KV is executor 1: the prompts of requests that come with their KV need no room in the
-        local executor.
+        Its own KV is executor 1: prompts that come with their KV need no room in the local one.
         """
-        pool, prefill, offload = deployment.decode, deployment.prefill, deployment.offload
-        own = self.room_bytes(pool, pool.count)
-        capacity, page_units = {LOCAL: UNLIMITED_PAGES, 1: self.pages(own)}, {LOCAL: self.units}
-        executors: dict[int, Devices] = {}
-        if offload is not None:
-            room = self.room_bytes(prefill, 1) - self._working_bytes()
-            if room <= 0:
-                raise CapacityError(
-                    f"a prefill instance on {prefill.device.name} has no memory left for an attention "
-                    "executor; use a larger device or a smaller max_num_batched_tokens"
-                )
-            for executor in range(2, 2 + prefill.count):
-                capacity[executor] = self.pages(room)
-                executors[executor] = Devices(
-                    device=prefill.device,
-                    compute_share=offload.compute_share,
-                    bandwidth_share=offload.bandwidth_share,
-                )
-        page_units.update(dict.fromkeys(capacity, self.units))
-        budget = PageBudget(self.settings.block_size, capacity, page_units)
-        devices = Devices(device=pool.device, count=pool.count)
-        bounds = self._bounds(devices, own, executors, offload, budget)
-        placer = OffloadPlacer(budget, self.units, bounds)
+        pool = deployment.decode
+        own_bytes = self.room_bytes(pool, pool.count)
+        executors = self._executors(deployment)
+        capacity = {LOCAL: UNLIMITED_PAGES, OWN: self.pages(own_bytes)}
+        capacity |= dict.fromkeys(executors, self.pages(self._executor_bytes(deployment)))
+        budget = PageBudget(self.settings.block_size, capacity, dict.fromkeys(capacity, self.units))
+        placer = OffloadPlacer(budget, self.units, self.offload_bounds(deployment))
         instance = self._instance(
-            placer, budget, devices, executors, own_executor=1, prompts_are_free=True
+            placer,
+            budget,
+            Devices(device=pool.device, count=pool.count),
+            executors,
+            own_executor=OWN,
+            prompts_are_free=True,
         )
         placer.sequence_of = instance.batcher.sequence
-        return Site(
-            instance,
-            pool,
-            "decode",
-            dict.fromkeys(executors, prefill),
-            self._weights(),
+        attention = dict.fromkeys(executors, deployment.prefill)
+        return Site(instance, pool, "decode", attention, self._weights())
+
+    def offload_bounds(self, deployment: PrefillDecode) -> Bounds:
+        """Of the offloading policy; 0 if nothing may be offloaded."""
+        offload, pool = deployment.offload, deployment.decode
+        if offload is None:
+            return Bounds(memory=0.0, compute=0.0)
+        if offload.ratio is not None:
+            return Bounds(memory=offload.ratio, compute=math.inf)
+        own_bytes = self.room_bytes(pool, pool.count)
+        executor_bytes = self._executor_bytes(deployment)
+        devices = Devices(device=pool.device, count=pool.count)
+        memory = memory_bound(
+            (
+                Resources(
+                    memory_bytes=executor_bytes,
+                    bandwidth_bytes_per_s=executor.bandwidth_bytes_per_s,
+                )
+                for executor in self._executors(deployment).values()
+            ),
+            Resources(memory_bytes=own_bytes, bandwidth_bytes_per_s=devices.bandwidth_bytes_per_s),
         )
+        cost = self._cost(devices, {})
+        fits = own_bytes / (self.mean_context * self.model.kv_bytes_per_token)
+        objective = cost.objective_batch(self.settings.tbt_objective_s, self.mean_context, fits)
+        return Bounds(memory=memory, compute=compute_bound(cost.compute_knee(), objective))
+
+    def _executors(self, deployment: PrefillDecode) -> dict[int, Devices]:
+        """Those beside the prefill instances."""
+        offload, prefill = deployment.offload, deployment.prefill
+        if offload is None:
+            return {}
+        devices = Devices(
+            device=prefill.device,
+            compute_share=offload.compute_share,
+            bandwidth_share=offload.bandwidth_share,
+        )
+        return dict.fromkeys(range(OWN + 1, OWN + 1 + prefill.count), devices)
+
+    def _executor_bytes(self, deployment: PrefillDecode) -> float:
+        """Memory for KV of one executor beside a prefill instance."""
+        room = self.room_bytes(deployment.prefill, 1) - self._working_bytes()
+        if deployment.offload is not None and room <= 0:
+            raise CapacityError(
+                f"a prefill instance on {deployment.prefill.device.name} has no memory left for an "
+                "attention executor; use a larger device or a smaller max_num_batched_tokens"
+            )
+        return room
 
     def pages(self, room_bytes: float, page_units: int | None = None) -> int:
         """Pages of `page_units` head units (None: all) that fit."""
@@ -228,7 +258,8 @@ class Builder:
         if room <= 0:
             raise CapacityError(
                 f"{self.model.name} does not fit on {ranks} x {pool.device.name}: its weights have "
-                f"{self._weights() / 1e9:.1f} GB, {usable / 1e9:.1f} GB are usable; use more devices"
+                f"{self._weights() / 1e9:.1f} GB, {usable / 1e9:.1f} GB are usable; "
+                "use more devices"
             )
         return room
 
@@ -256,33 +287,6 @@ class Builder:
         if self._are_one(deployment):
             return [(pools[0], pools[0].count)]
         return [(pool, 1) for pool in pools for _ in range(pool.count)]
-
-    def _bounds(
-        self,
-        devices: Devices,
-        own_bytes: float,
-        executors: Mapping[int, Devices],
-        offload: Offload | None,
-        budget: PageBudget,
-    ) -> Bounds:
-        if offload is None:
-            return Bounds(memory=0.0, compute=0.0)
-        if offload.ratio is not None:
-            return Bounds(memory=offload.ratio, compute=math.inf)
-        memory = memory_bound(
-            (
-                Resources(
-                    memory_bytes=budget.capacity_pages[e] * self.page_bytes,
-                    bandwidth_bytes_per_s=x.bandwidth_bytes_per_s,
-                )
-                for e, x in executors.items()
-            ),
-            Resources(memory_bytes=own_bytes, bandwidth_bytes_per_s=devices.bandwidth_bytes_per_s),
-        )
-        cost = self._cost(devices, {})
-        fits = budget.capacity_pages[1] * budget.page_tokens / self.mean_context
-        objective = cost.objective_batch(self.settings.tbt_objective_s, self.mean_context, fits)
-        return Bounds(memory=memory, compute=compute_bound(cost.compute_knee(), objective))
 
     def _cost(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from itertools import pairwise
 
 import msgspec
 
@@ -31,9 +32,7 @@ class EfficiencyCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ConfigError(
                 f"shares must be as many as sizes ({len(self.sizes)}), got {len(self.shares)}"
             )
-        if self.sizes[0] <= 0 or any(
-            b <= a for a, b in zip(self.sizes, self.sizes[1:], strict=False)
-        ):
+        if self.sizes[0] <= 0 or any(b <= a for a, b in pairwise(self.sizes)):
             raise ConfigError(f"sizes must be positive and increasing, got {list(self.sizes)}")
         if any(not 0 < share <= 1 for share in self.shares):
             raise ConfigError(f"shares must be above 0 and at most 1, got {list(self.shares)}")
@@ -81,7 +80,7 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Devices(msgspec.Struct, frozen=True, kw_only=True):
-    """Equal devices that work as one: ranks of a replica, or attention workers with equal shares."""
+    """Equal devices that work as one: ranks of a replica, or attention workers of equal shares."""
 
     device: Device
     count: int = 1

@@ -10,7 +10,7 @@ pd:1xA100 80GB/1xA100 80GB,offload=auto    some decode attention on the prefill 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import msgspec
@@ -135,22 +135,21 @@ Deployment = Monolithic | Disaggregated | PrefillDecode
 
 def price_per_hour(deployment: Deployment) -> float | None:
     """US dollars; None if the price of a device is not known."""
-    prices = [pool.device.price_per_hour for pool in deployment.pools]
-    if any(price is None for price in prices):
-        return None
-    return sum(
-        price * pool.count for price, pool in zip(prices, deployment.pools, strict=True) if price
-    )
+    return _total((pool.count, pool.device.price_per_hour) for pool in deployment.pools)
 
 
 def power_w(deployment: Deployment) -> float | None:
     """Limit of all devices together; None if that of one is not known."""
-    powers = [pool.device.power_w for pool in deployment.pools]
-    if any(power is None for power in powers):
-        return None
-    return sum(
-        power * pool.count for power, pool in zip(powers, deployment.pools, strict=True) if power
-    )
+    return _total((pool.count, pool.device.power_w) for pool in deployment.pools)
+
+
+def _total(parts: Iterable[tuple[int, float | None]]) -> float | None:
+    total = 0.0
+    for count, value in parts:
+        if value is None:
+            return None
+        total += count * value
+    return total
 
 
 _EXAMPLE = "such as mono:4xH100, dop:2xH100/4xH20,depth=2 or pd:1xH100/1xH100,offload=auto"
@@ -165,7 +164,7 @@ def parse_deployment(text: str, devices: Mapping[str, Device]) -> Deployment:
     """The deployment that a line of text (see the module) names.
 
     Raises:
-        ConfigError: a device, option or kind is unknown (with the nearest names), or a number is wrong.
+        ConfigError: a device, option or kind is unknown (names the nearest), or a number is wrong.
     """
     kind, colon, rest = text.partition(":")
     if not colon:

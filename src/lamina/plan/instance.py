@@ -105,7 +105,7 @@ class Instance:
         self.batcher.add(request)
 
     def advance(self, now_s: float) -> None:
-        """Let time pass; ends the step that ends at `now_s`, if one does. Call `fill` afterwards."""
+        """Let time pass; ends the step that ends then, if one does. Call `fill` afterwards."""
         elapsed_s = now_s - self._now_s
         flights = self._flights
         ended = self._end if self._end is not None and self._end[0] <= now_s else None

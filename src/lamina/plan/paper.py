@@ -1,7 +1,7 @@
 """Lamina's evaluation (arXiv 2405.01814v2, section 6) on the simulator: decode only, equal cost.
 
 Nothing here is fitted: devices and prices are the paper's table, costs are the roofline with the
-default `Efficiency`, requests are those of the traces, in their order, all there from the beginning.
+default `Efficiency`, requests are those of the traces, all there from the beginning, in order.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Prefill instances before a decode instance: prompts are computed there, their KV moves over.
 
 A prompt goes to the instance with the fewest prompt tokens to compute. Its KV leaves layer by layer
-while it is computed, over one link per prefill instance, in the order in which prompts are done; the
-first token is sampled by the decode instance, as in vLLM's disaggregated prefilling.
+while it is computed, over one link per prefill instance, in the order in which prompts are done;
+the first token is sampled by the decode instance, as in vLLM's disaggregated prefilling.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from lamina.plan.arrivals import Arrival
 from lamina.plan.build import Builder, Settings, Site
@@ -33,13 +34,8 @@ class PrefillSide:
         self._latency_s = builder.settings.efficiency.hop_latency_s
         self.sites: list[Site] = []
         for number in range(prefill.count):
-            self.sites.append(
-                builder.prefill(
-                    prefill,
-                    deployment.offload,
-                    lambda index, now_s, number=number: self._computed(number, index, now_s),
-                )
-            )
+            computed = partial(self._computed, number)
+            self.sites.append(builder.prefill(prefill, deployment.offload, computed))
         self._prompt_tokens = [0] * prefill.count
         self._link_free_s = [0.0] * prefill.count
         self._on_its_way: list[tuple[float, int]] = []

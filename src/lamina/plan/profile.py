@@ -1,14 +1,15 @@
 """Measured times of a model's parts on the devices at hand; they replace the roofline.
 
-`lamina calibrate` writes a profile, a JSON file; the cost model, the simulator and the engine read it.
-Between measured points times are interpolated linearly, beyond the last one they go on along the last
-piece, below the first one they stay as they are.
+`lamina calibrate` writes a profile, a JSON file; the cost model, the simulator and the engine read
+it. Between measured points times are interpolated linearly, beyond the last one they go on along
+the last piece, below the first one they stay as they are.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -19,7 +20,7 @@ VERSION = 1
 
 
 def _check_grid(grid: Sequence[float], what: str) -> None:
-    if not grid or any(b <= a for a, b in zip(grid, grid[1:], strict=False)) or grid[0] < 0:
+    if not grid or any(b <= a for a, b in pairwise(grid)) or grid[0] < 0:
         raise ConfigError(f"{what} must be increasing numbers of at least 0, got {list(grid)}")
 
 

@@ -1,8 +1,8 @@
 """Discrete-event simulation of a deployment that serves a workload.
 
-Events are arrivals, ends of steps, and prompts' KV that has reached a decode instance. What runs in a
-step, who waits, who is preempted and where KV goes is decided by the engine's own batcher and placer
-(`sched`); how long a step takes is decided by the cost model (`plan.step`).
+Events are arrivals, ends of steps, and prompts' KV that has reached a decode instance. What runs in
+a step, who waits, who is preempted and where KV goes is decided by the engine's own batcher and
+placer (`sched`); how long a step takes is decided by the cost model (`plan.step`).
 """
 
 from __future__ import annotations

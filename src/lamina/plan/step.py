@@ -1,8 +1,9 @@
 """How long a step of the pipeline takes, from what is in it.
 
-A micro-batch goes through its layers one by one: slice, hop to attention, attention, hop back. Others
-use the same devices meanwhile. From one slice of a micro-batch to its next (a *round*) the longest of
-these passes (`sched.pipeline.round_s`, here for micro-batches that differ and with the links counted):
+A micro-batch goes through its layers one by one: slice, hop to attention, attention, hop back.
+Others use the same devices meanwhile. From one slice of a micro-batch to its next (a *round*) the
+longest of these passes (`sched.pipeline.round_s`, here for micro-batches that differ, and with the
+links counted):
 
 - the micro-batch's own way: its slice, then both hops and its attention;
 - the slices of all micro-batches, shared out over the replicas;

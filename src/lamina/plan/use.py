@@ -11,12 +11,14 @@ from lamina.plan.results import PoolUse
 
 
 def pool_uses(sites: Iterable[Site], settings: Settings, duration_s: float) -> tuple[PoolUse, ...]:
-    """One entry per pool and role, in the order in which they come; prefill instances of one pool
-    and the executors beside them are one."""
-    pools: dict[int, tuple[str, Pool, list[Busy], list[float]]] = {}
+    """One entry per pool, in the order in which they come; prefill instances and the executors
+    beside them are one."""
+    pools: dict[int, tuple[list[str], Pool, list[Busy], list[float]]] = {}
 
     def add(pool: Pool, role: str, busy: Busy, weight_bytes: float) -> None:
-        entry = pools.setdefault(id(pool), (role, pool, [], []))
+        entry = pools.setdefault(id(pool), ([], pool, [], []))
+        if role not in entry[0]:
+            entry[0].append(role)
         entry[2].append(busy)
         entry[3].append(weight_bytes)
 
@@ -25,8 +27,8 @@ def pool_uses(sites: Iterable[Site], settings: Settings, duration_s: float) -> t
         for executor, pool in site.attention.items():
             add(pool, "attention", site.instance.busy[executor], 0.0)
     return tuple(
-        _use(role, pool, busy, sum(weights), settings, duration_s)
-        for role, pool, busy, weights in pools.values()
+        _use(" and ".join(roles), pool, busy, sum(weights), settings, duration_s)
+        for roles, pool, busy, weights in pools.values()
     )
 
 

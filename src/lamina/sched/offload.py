@@ -1,9 +1,9 @@
 """Attention offloading to prefill instances: which requests, decided from counters. Pure.
 
-Adrenaline (arXiv 2503.20552), load-aware offloading scheduling. In prefill-decode disaggregation the
-decode attention and the KV of some requests can live in an executor that shares a prefill instance's
-device. Offloaded work is bounded by a multiple of the local work, so that a layer's remote attention
-hides behind the local attention of the same layer.
+Adrenaline (arXiv 2503.20552), load-aware offloading scheduling. In prefill-decode disaggregation
+the decode attention and the KV of some requests can live in an executor that shares a prefill
+instance's device. Offloaded work is bounded by a multiple of the local work, so that a layer's
+remote attention hides behind the local attention of the same layer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     memory: float
     """OB_mem: as much as the executors have of the decode instance's memory and bandwidth."""
     compute: float
-    """OB_comp: as much as the decode instance's other operators can take before they are the limit."""
+    """OB_comp: as much as the decode instance's other operators take before they are the limit."""
 
     @property
     def ratio(self) -> float:
