@@ -32,7 +32,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     dtype: str = "bf16"
     """Of arithmetic; how many bytes weights and KV have is the model cost's business."""
-    max_num_seqs: int = 4096
+    max_num_seqs: int = 1024
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     """Tokens per KV page."""
