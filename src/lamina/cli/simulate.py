@@ -60,8 +60,8 @@ def simulate(
     traces: Annotated[Path, typer.Option(help="Folder of the papers' traces.")] = Path("traces"),
     json: JsonOption = None,
 ) -> None:
-    """What deployments deliver for a workload, in simulated time with the engine's own scheduler."""
-    console = Console(stderr=str(json) == "-", width=130)
+    """What deployments deliver for a workload: simulated time, the engine's own scheduler."""
+    console = Console(stderr=str(json) == "-", width=150)
     if paper is not None:
         from lamina.cli.papers import print_adrenaline, print_lamina
 
@@ -122,7 +122,9 @@ def simulate(
 
 def _rates(title: str, results: list[Result]) -> Table:
     table = Table(title=title)
-    table.add_column("deployment")
+    table.add_column(
+        "deployment", overflow="fold", min_width=max(len(r.deployment) for r in results)
+    )
     for column in ("tokens/s", "batch", "TTFT s p50", "p99", "TBT ms p50", "p99", "queue s p50",
                    "preempted", "$/h", "$/Mtoken", "J/token"):  # fmt: skip
         table.add_column(column, justify="right")

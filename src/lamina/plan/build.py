@@ -10,7 +10,7 @@ import msgspec
 
 from lamina.errors import CapacityError, ConfigError
 from lamina.plan.cost import Devices, Efficiency
-from lamina.plan.deployment import Disaggregated, Monolithic, Offload, Pool, PrefillDecode
+from lamina.plan.deployment import Disaggregated, Monolithic, Pool, PrefillDecode
 from lamina.plan.instance import Instance
 from lamina.plan.model import ModelCost
 from lamina.plan.offloading import OWN, OffloadPlacer
@@ -145,16 +145,16 @@ class Builder:
         weight_bytes = self._weights() * replicas
         return Site(instance, model, "model", pools, weight_bytes)
 
-    def prefill(
-        self, pool: Pool, offload: Offload | None, on_finish: Callable[[int, float], None]
-    ) -> Site:
-        """One prefill instance, of one device."""
-        devices = Devices(device=pool.device)
-        room = self.room_bytes(pool, 1)
+    def prefill(self, deployment: PrefillDecode, on_finish: Callable[[int, float], None]) -> Site:
+        """One prefill instance."""
+        pool, ranks, offload = deployment.prefill, deployment.prefill_ranks, deployment.offload
+        devices = Devices(device=pool.device, count=ranks)
+        room = self.room_bytes(pool, ranks)
         if offload is not None:
             room = self._working_bytes()
             devices = Devices(
                 device=pool.device,
+                count=ranks,
                 compute_share=1 - offload.compute_share,
                 bandwidth_share=1 - offload.bandwidth_share,
             )
@@ -227,14 +227,16 @@ class Builder:
             return {}
         devices = Devices(
             device=prefill.device,
+            count=deployment.prefill_ranks,
             compute_share=offload.compute_share,
             bandwidth_share=offload.bandwidth_share,
         )
-        return dict.fromkeys(range(OWN + 1, OWN + 1 + prefill.count), devices)
+        return dict.fromkeys(range(OWN + 1, OWN + 1 + deployment.num_prefill_instances), devices)
 
     def _executor_bytes(self, deployment: PrefillDecode) -> float:
         """Memory for KV of one executor beside a prefill instance."""
-        room = self.room_bytes(deployment.prefill, 1) - self._working_bytes()
+        room = self.room_bytes(deployment.prefill, deployment.prefill_ranks)
+        room -= self._working_bytes()
         if deployment.offload is not None and room <= 0:
             raise CapacityError(
                 f"a prefill instance on {deployment.prefill.device.name} has no memory left for an "

@@ -111,19 +111,35 @@ class Offload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PrefillDecode(msgspec.Struct, frozen=True, kw_only=True):
-    """Prefill instances of one device each, one decode instance."""
+    """Prefill instances and one decode instance."""
 
     prefill: Pool
+    """All ranks of all prefill instances."""
     decode: Pool
     """Ranks of the decode instance."""
+    prefill_ranks: int = 1
+    """Of each prefill instance."""
     offload: Offload | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefill_ranks < 1 or self.prefill.count % self.prefill_ranks:
+            raise ConfigError(
+                f"prefill_ranks ({self.prefill_ranks}) must divide the prefill devices "
+                f"({self.prefill.count})"
+            )
 
     @property
     def pools(self) -> tuple[Pool, ...]:
         return (self.prefill, self.decode)
 
+    @property
+    def num_prefill_instances(self) -> int:
+        return self.prefill.count // self.prefill_ranks
+
     def __str__(self) -> str:
         text = f"pd:{self.prefill}/{self.decode}"
+        if self.prefill_ranks > 1:
+            text += f",prefill_ranks={self.prefill_ranks}"
         if self.offload is None:
             return text
         ratio = self.offload.ratio
@@ -156,7 +172,7 @@ _EXAMPLE = "such as mono:4xH100, dop:2xH100/4xH20,depth=2 or pd:1xH100/1xH100,of
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "mono": (),
     "dop": ("depth", "replicas", "partition", "early_q"),
-    "pd": ("offload", "compute_share", "bandwidth_share"),
+    "pd": ("prefill_ranks", "offload", "compute_share", "bandwidth_share"),
 }
 
 
@@ -190,7 +206,11 @@ def parse_deployment(text: str, devices: Mapping[str, Device]) -> Deployment:
         return Monolithic(devices=sides[0][0])
     if kind == "dop":
         return _disaggregated(sides[0][0], sides[1], options)
-    return PrefillDecode(prefill=sides[0][0], decode=sides[1][0], offload=_offload(options))
+    ranks = _int(options, "prefill_ranks", 1)
+    options.pop("prefill_ranks", None)
+    return PrefillDecode(
+        prefill=sides[0][0], decode=sides[1][0], prefill_ranks=ranks, offload=_offload(options)
+    )
 
 
 def _disaggregated(model: Pool, attention: list[Pool], options: dict[str, str]) -> Disaggregated:

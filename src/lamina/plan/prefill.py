@@ -31,13 +31,14 @@ class PrefillSide:
         self._model = builder.model
         prefill = deployment.prefill
         self._rate = link_bytes_per_s(prefill, deployment.decode, builder.settings)
+        self._rate *= min(deployment.prefill_ranks, deployment.decode.count)
         self._latency_s = builder.settings.efficiency.hop_latency_s
         self.sites: list[Site] = []
-        for number in range(prefill.count):
+        for number in range(deployment.num_prefill_instances):
             computed = partial(self._computed, number)
-            self.sites.append(builder.prefill(prefill, deployment.offload, computed))
-        self._prompt_tokens = [0] * prefill.count
-        self._link_free_s = [0.0] * prefill.count
+            self.sites.append(builder.prefill(deployment, computed))
+        self._prompt_tokens = [0] * len(self.sites)
+        self._link_free_s = [0.0] * len(self.sites)
         self._on_its_way: list[tuple[float, int]] = []
 
     @property
@@ -75,8 +76,8 @@ class PrefillSide:
 
 
 def link_bytes_per_s(a: Pool, b: Pool, settings: Settings) -> float:
-    """From a device of one pool to one of the other: between chips if they are of one kind and all
-    fit in one machine, else over the network."""
+    """From one device of one pool to one of the other: between chips if they are of one kind and
+    all fit in one machine, else over the network."""
     e = settings.efficiency
     between_chips = a.device.interconnect_bytes_per_s
     is_one_machine = a.device.name == b.device.name and a.count + b.count <= DEVICES_PER_MACHINE
