@@ -144,6 +144,7 @@ class SliceCost:
         if profile is not None:
             self._measured = profile.slices_on(devices.device.name, devices.count)
         self._known: dict[tuple[int, int], float] = {}
+        self._known_work: dict[tuple[int, int], tuple[float, float]] = {}
         devices.flops_per_s(dtype)
 
     def seconds(self, rows: int, logit_rows: int | None = None) -> float:
@@ -160,18 +161,29 @@ class SliceCost:
             self._known[rows, logits] = seconds
         return seconds
 
+    def work(self, rows: int, logit_rows: int) -> tuple[float, float]:
+        """FLOPs and bytes."""
+        if rows == 0:
+            return 0.0, 0.0
+        work = self._known_work.get((rows, logit_rows))
+        if work is None:
+            model = self._model
+            work = model.slice_flops(rows, logit_rows), model.slice_bytes(rows, logit_rows)
+            self._known_work[rows, logit_rows] = work
+        return work
+
     def _compute(self, rows: int, logits: int) -> float:
         if self._measured is not None:
             return self._measured.at(rows)
-        model = self._model
+        flops, num_bytes = self.work(rows, logits)
         return self.collectives_s(rows) + roofline_s(
-            model.slice_flops(rows, logits),
-            model.slice_bytes(rows, logits),
+            flops,
+            num_bytes,
             self._devices,
             self._dtype,
             self._efficiency,
             rows=rows,
-            ops=len(model.layers),
+            ops=len(self._model.layers),
         )
 
     def collectives_s(self, rows: int) -> float:

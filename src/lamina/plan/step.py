@@ -112,7 +112,8 @@ class StepCost:
         e = model.bytes_per_element
         self._q_bytes = e * sum(x.query_heads * x.head_dim_k for x in model.layers)
         self._out_bytes = e * sum(x.query_heads * x.head_dim_v for x in model.layers)
-        self._kv_bytes = model.hop_bytes_per_row - self._q_bytes - self._out_bytes
+        self._row_bytes = model.hop_bytes_per_row
+        self._kv_bytes = self._row_bytes - self._q_bytes - self._out_bytes
         # The part of a slice that makes k and v, which comes after q was sent.
         self._kv_share = min(
             1.0,
@@ -137,8 +138,8 @@ class StepCost:
         self._row_overhead_s = 0.0 if profile is None else profile.row_overhead_s
 
     def compute_knee(self) -> float:
-        """The rows from which on the slices are compute-bound: half of those that take twice as long
-        as one row, which takes as long as reading the weights."""
+        """The rows from which on the slices are compute-bound: half of those that take twice as
+        long as one row, which takes as long as reading the weights."""
         limit_s = 2 * self.slices.seconds(1)
         low, high = 1, 2**20
         while high - low > 1:
@@ -223,15 +224,14 @@ class StepCost:
         """Bytes between the replica and an attention worker, both directions."""
         rows = load.attending.get(executor, 0.0)
         stored = load.stored.get(executor, 0.0)
-        return rows * self.model.hop_bytes_per_row + stored * self._kv_bytes
+        return rows * self._row_bytes + stored * self._kv_bytes
 
     def model_work(self, load: StepLoad) -> Work:
         """Of the replica: slices and local attention."""
         local = self.attention_work(load, LOCAL)
-        flops = self.model.slice_flops(load.rows, load.logit_rows) + local.flops
-        num_bytes = local.num_bytes
-        if load.rows:
-            num_bytes += self.model.slice_bytes(load.rows, load.logit_rows)
+        flops, num_bytes = self.slices.work(load.rows, load.logit_rows)
+        flops += local.flops
+        num_bytes += local.num_bytes
         for rows, before in load.prompts:
             prompt_flops, prompt_bytes = self.attention[LOCAL].prompt_work(rows, before)
             flops += prompt_flops
