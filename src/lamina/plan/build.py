@@ -191,6 +191,7 @@ class Builder:
             Devices(device=pool.device, count=pool.count),
             executors,
             own_executor=OWN,
+            in_one_machine=deployment.in_one_machine,
             prompts_are_free=True,
         )
         placer.sequence_of = instance.batcher.sequence
@@ -299,6 +300,7 @@ class Builder:
         *,
         num_replicas: int = 1,
         early_q: bool = True,
+        in_one_machine: bool = False,
     ) -> StepCost:
         settings = self.settings
         return StepCost(
@@ -311,6 +313,7 @@ class Builder:
             early_q=early_q,
             profile=settings.profile,
             transport=settings.transport,
+            in_one_machine=in_one_machine,
         )
 
     def _instance(
@@ -323,6 +326,7 @@ class Builder:
         depth: int = 1,
         num_replicas: int = 1,
         early_q: bool = True,
+        in_one_machine: bool = False,
         own_executor: int = LOCAL,
         prompts_are_free: bool | None = None,
         on_finish: Callable[[int, float], None] | None = None,
@@ -341,7 +345,13 @@ class Builder:
         )
         return Instance(
             batcher,
-            self._cost(devices, executors, num_replicas=num_replicas, early_q=early_q),
+            self._cost(
+                devices,
+                executors,
+                num_replicas=num_replicas,
+                early_q=early_q,
+                in_one_machine=in_one_machine,
+            ),
             requests=self.requests,
             num_requests=self.num_requests,
             num_replicas=num_replicas,

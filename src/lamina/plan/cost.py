@@ -94,15 +94,19 @@ class Devices(msgspec.Struct, frozen=True, kw_only=True):
         return float(self.device.memory_bytes * self.count)
 
     @property
-    def network_bytes_per_s(self) -> float:
-        return self.device.network_bytes_per_s * self.count
-
-    @property
     def bandwidth_bytes_per_s(self) -> float:
         return self.device.bandwidth_bytes_per_s * self.count * self.bandwidth_share
 
     def flops_per_s(self, dtype: str) -> float:
         return self.device.flops_for(dtype) * self.count * self.compute_share
+
+
+def link_bytes_per_s(device: Device, e: Efficiency, in_one_machine: bool) -> float:
+    """One direction between two devices: over the network, or between chips of one machine if the
+    device has such a link."""
+    if in_one_machine and device.interconnect_bytes_per_s is not None:
+        return device.interconnect_bytes_per_s * e.interconnect
+    return device.network_bytes_per_s * e.network
 
 
 def roofline_s(
@@ -192,11 +196,7 @@ class SliceCost:
         if ranks == 1:
             return 0.0
         device, e, model = self._devices.device, self._efficiency, self._model
-        rate = (
-            device.network_bytes_per_s * e.network
-            if device.interconnect_bytes_per_s is None
-            else device.interconnect_bytes_per_s * e.interconnect
-        )
+        rate = link_bytes_per_s(device, e, in_one_machine=True)
         num_bytes = 2 * (ranks - 1) / ranks * rows * model.hidden_size * model.bytes_per_element
         return 2 * len(model.layers) * (e.collective_latency_s + num_bytes / rate)
 

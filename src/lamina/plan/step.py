@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lamina.plan.cost import AttentionCost, Devices, Efficiency, SliceCost
+from lamina.plan.cost import AttentionCost, Devices, Efficiency, SliceCost, link_bytes_per_s
 from lamina.plan.model import ModelCost
 from lamina.plan.profile import Profile
 from lamina.types import LOCAL
@@ -88,10 +88,12 @@ class StepCost:
         early_q: bool = True,
         profile: Profile | None = None,
         transport: str | None = None,
+        in_one_machine: bool = False,
     ) -> None:
         """
         Args:
             executors: the devices of each remote one.
+            in_one_machine: they are reached between chips, not over the network.
             transport: whose measured hops of the profile to use; None: its first.
         """
         self.model = model
@@ -123,17 +125,14 @@ class StepCost:
         )
         hop = profile.hop(transport) if profile is not None else None
         self._latency_s = efficiency.hop_latency_s if hop is None else hop.latency_s
-        self._rates = {
-            executor: devices.network_bytes_per_s * efficiency.network
-            if hop is None
-            else hop.bandwidth_bytes_per_s
-            for executor, devices in executors.items()
-        }
-        self._model_rate = (
-            replica.network_bytes_per_s * efficiency.network
-            if hop is None
-            else hop.bandwidth_bytes_per_s
-        )
+
+        def rate(devices: Devices) -> float:
+            if hop is not None:
+                return hop.bandwidth_bytes_per_s
+            return link_bytes_per_s(devices.device, efficiency, in_one_machine) * devices.count
+
+        self._rates = {executor: rate(devices) for executor, devices in executors.items()}
+        self._model_rate = rate(replica)
         self._step_overhead_s = 0.0 if profile is None else profile.step_overhead_s
         self._row_overhead_s = 0.0 if profile is None else profile.row_overhead_s
 
