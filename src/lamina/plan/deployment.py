@@ -136,7 +136,7 @@ class PrefillDecode(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def in_one_machine(self) -> bool:
-        """Whether KV and rows move between chips: devices of one kind, no more than a machine has."""
+        """Whether KV and rows move between chips: one kind of device, as few as a machine has."""
         count = self.prefill.count + self.decode.count
         return self.prefill.device == self.decode.device and count <= DEVICES_PER_MACHINE
 

@@ -116,13 +116,13 @@ class StepCost:
         self._out_bytes = e * sum(x.query_heads * x.head_dim_v for x in model.layers)
         self._row_bytes = model.hop_bytes_per_row
         self._kv_bytes = self._row_bytes - self._q_bytes - self._out_bytes
-        # The part of a slice that makes k and v, which comes after q was sent.
-        self._kv_share = min(
-            1.0,
-            sum(x.kv_elements_per_token for x in model.layers)
-            * model.hidden_size
-            / max(1, sum(x.active_params_per_token for x in model.layers)),
-        )
+        # Parts of a slice: what makes k and v, which comes after q was sent, and what needs no
+        # attention output and comes after k and v were sent.
+        active = sum(x.active_params_per_token for x in model.layers)
+        deferred = sum(x.deferred_params_per_token for x in model.layers)
+        kv = model.hidden_size * sum(x.kv_elements_per_token for x in model.layers)
+        self._deferred_share = deferred / active
+        self._kv_share = min(kv, active - deferred) / active
         hop = profile.hop(transport) if profile is not None else None
         self._latency_s = efficiency.hop_latency_s if hop is None else hop.latency_s
 
@@ -183,12 +183,15 @@ class StepCost:
             return StepTimes(model_s, model_s, attention_s, 0.0)
         q_s, kv_s, out_s, link_s = self._hops(load)
         busiest = max(attention_s.values(), default=0.0)
+        after_kv = slice_s * self._deferred_share + local_s
+        before_kv = slice_s * (1 - self._deferred_share)
         if self._early_q:
             after_q = slice_s * self._kv_share
             trip = max(q_s + busiest, after_q + kv_s) + out_s
-            own_s = slice_s - after_q + max(trip, after_q + local_s)
+            own_s = before_kv - after_q + max(trip, after_q + after_kv)
         else:
-            own_s = slice_s + max(q_s + kv_s - self._latency_s + busiest + out_s, local_s)
+            trip = q_s + kv_s - self._latency_s + busiest + out_s
+            own_s = before_kv + max(trip, after_kv)
         if not attention_s:  # nothing comes back, nobody waits
             own_s = model_s
         return StepTimes(model_s, max(model_s, own_s + overhead / layers), attention_s, link_s)
