@@ -160,7 +160,7 @@ class _Simulation:
             tbt_s=times.tbt_s(),
             queue_s=times.queue_s(),
             offloaded_share=offloaded,
-            pools=pool_uses(self._sites, self._settings, duration_s),
+            pools=pool_uses(self._deployment.pools, self._sites, self._settings, duration_s),
             price_per_hour=price,
             price_per_million_tokens=None if price is None else price / 3600 / rate * 1e6,
             energy_j_per_token=None if power is None else power / rate,
