@@ -89,9 +89,12 @@ class _Simulation:
     def _check_longest(self, longest: int) -> None:
         limit = min(site.instance.batcher.max_model_len for site in self._sites) - 1
         if longest > limit:
+            where = ""
+            if isinstance(self._deployment, Disaggregated):
+                where = " (while its prompt is computed, the model workers hold its KV as well)"
             raise CapacityError(
-                f"{self._deployment} holds {limit} tokens of one sequence at most, the longest "
-                f"request has {longest}; leave out longer requests or use more memory"
+                f"{self._deployment} holds {limit} tokens of one sequence at most{where}, the "
+                f"longest request has {longest}; leave out longer requests or use more memory"
             )
 
     def run(self, progress: Callable[[float], None] | None) -> None:
