@@ -102,8 +102,8 @@ class PageAllocator:
         return list(self._pages.get(lane, ()))
 
     def append_pages(self, lane: Lane, to: array[int]) -> int:
-        """Append the lane's pages in token order; returns how many."""
-        owned = self._pages[lane]
+        """Append the lane's pages in token order; returns how many (none of an unknown lane)."""
+        owned = self._pages.get(lane, [])
         to.fromlist(owned)
         return len(owned)
 
