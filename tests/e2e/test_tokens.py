@@ -44,12 +44,18 @@ def test_greedy_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
     expected = transformers_greedy(eager, prompts, NUM_TOKENS)
     model = convert(tmp_path)
     model.optimize(ThreadPool(1))
-    for num_workers, transport in ((0, "auto"), (1, "shm"), (2, "tcp"), (3, "shm")):
-        config = tiny_config(tmp_path, num_workers, transport=transport)
+    deployments: tuple[tuple[int, dict[str, Any]], ...] = (
+        (0, {"pipeline_depth": 1}),
+        (1, {"transport": "shm", "pipeline_depth": 2}),
+        (2, {"transport": "tcp", "pipeline_depth": 3, "attention_partition": "tokens"}),
+        (3, {"transport": "shm", "pipeline_depth": 4, "attention_partition": "heads"}),
+    )
+    for num_workers, changes in deployments:
+        config = tiny_config(tmp_path, num_workers, **changes)
         with running(config, model) as started:
             outputs = run_all(started, requests(prompts, ignore_eos=True))
             answers = [tokens(outputs[str(index)]) for index in range(len(prompts))]
-            assert answers == expected, f"{num_workers} attention workers"
+            assert answers == expected, f"{num_workers} attention workers, {changes}"
             assert_sound(started)
 
 
@@ -100,6 +106,42 @@ def test_settings_do_not_change_tokens(
 ) -> None:
     prompts = make_prompts(LENGTHS, seed=2)
     with running(tiny_config(folder, 2, **changes), llama) as started:
+        outputs = run_all(started, requests(prompts, ignore_eos=True))
+        assert [tokens(outputs[str(i)]) for i in range(len(prompts))] == alone
+        assert_sound(started)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "partition", "depth", "transport"),
+    [
+        (0, "auto", 3, "auto"),
+        (1, "auto", 4, "tcp"),
+        (2, "heads", 2, "shm"),
+        (2, "requests", 3, "tcp"),
+        (2, "tokens", 4, "shm"),
+        (3, "heads", 1, "tcp"),
+        (3, "requests", 2, "shm"),
+        (3, "tokens", 3, "shm"),
+    ],
+)
+def test_pipelines_and_partitions_do_not_change_tokens(
+    num_workers: int,
+    partition: str,
+    depth: int,
+    transport: str,
+    folder: Path,
+    llama: SlicedModel,
+    alone: list[list[int]],
+) -> None:
+    prompts = make_prompts(LENGTHS, seed=2)
+    config = tiny_config(
+        folder,
+        num_workers,
+        attention_partition=partition,
+        pipeline_depth=depth,
+        transport=transport,
+    )
+    with running(config, llama) as started:
         outputs = run_all(started, requests(prompts, ignore_eos=True))
         assert [tokens(outputs[str(i)]) for i in range(len(prompts))] == alone
         assert_sound(started)
@@ -192,7 +234,7 @@ def test_logits_that_are_not_numbers_end_only_their_request(
         num_calls += 1
         logits = run_last(state)
         if num_calls == 10:
-            logits[1] = torch.nan
+            logits[0] = torch.nan
         return logits
 
     monkeypatch.setattr(llama, "run_last", poisoned)
