@@ -23,7 +23,7 @@ _COLORS = ("#4c78a8", "#f2a057", "#6aa56e", "#b279a2", "#d5605e", "#9d755d", "#7
 _HATCHES = {
     "q": "",
     "k, v": "//",
-    "deferred": "..",
+    "deferred": "||",
     "last slice": "",
     "attend": "",
     "append, merge": "xx",
