@@ -169,15 +169,7 @@ void bind_transport(nb::module_& module) {
   nb::class_<SlotInbox>(module, "Inbox")
       .def_prop_ro("capacity_bytes", &SlotInbox::capacity_bytes)
       .def("wait", &wait, "seq"_a, "deadline"_a, "num_bytes"_a.none())
-      .def(
-          "holds",
-          [](SlotInbox& inbox, uint64_t seq) {
-            while (!inbox.holds(seq)) {
-              if (!inbox.source().receive(&inbox)) return false;
-            }
-            return true;
-          },
-          "seq"_a)
+      .def("holds", &SlotInbox::holds, "seq"_a)
       .def("slot", &slot, "index"_a);
   nb::class_<Link>(module, "Link")
       .def_prop_ro("peer", &Link::peer)
