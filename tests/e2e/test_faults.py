@@ -152,6 +152,26 @@ def test_stopped_attention_worker(server: Server) -> None:
     assert_stops(server, processes, exit_code=1)
 
 
+def test_killed_model_rank(served_folder: Path) -> None:
+    with serving(
+        str(served_folder),
+        "--served-model-name", MODEL,
+        "--attention-workers", "2",
+        "--model-replicas", "2",
+        "--heartbeat-timeout-s", str(HEARTBEAT_TIMEOUT_S),
+        "--num-threads", "1",
+        "--worker-num-threads", "1",
+    ) as server:  # fmt: skip
+        processes = server.tree()
+        (victim,) = [p for p in processes if p.name == "lamina-rank-1.0"]
+        streams = Streams(server)
+        start = time.monotonic()
+        os.kill(victim.pid, signal.SIGKILL)
+        assert_ends(streams, start, "model-rank-1.0")
+        assert_refuses(server, "model-rank-1.0")
+        assert_stops(server, processes, exit_code=1)
+
+
 def test_killed_engine(server: Server) -> None:
     processes, engine = server.tree(), server.engine()
     streams = Streams(server)

@@ -127,7 +127,7 @@ def test_more_replicas_than_slices(llama: Subject) -> None:
 @pytest.mark.parametrize("changes", [{"model_replicas": 2}, {"tensor_parallel_size": 2}])
 def test_preemption_does_not_change_tokens(changes: dict[str, int], llama: Subject) -> None:
     page_bytes = tiny_llama_page_bytes(16)
-    config = llama.config(2, attention_memory_bytes=6 * page_bytes // 2, **changes)
+    config = llama.config(2, attention_memory_bytes=10 * page_bytes // 2, **changes)
     with running(config) as started:
         assert answers(started) == llama.expected
         assert started.engine.stats().preemptions_total > 0

@@ -19,6 +19,7 @@ from lamina.errors import ConfigError, DeadlineExceeded, PeerLost, ProtocolMisma
 from lamina.transport.control import ControlServer
 from lamina.transport.control_client import ControlClient
 from lamina.transport.join_token import JoinToken
+from lamina.transport.rank_wire import LostPeer
 from lamina.transport.wire import (
     Assigned,
     Goodbye,
@@ -240,6 +241,19 @@ def test_worker_that_leaves_or_fails_is_lost(
     assert losses.wait(1)[0] == ("a", "left: closed its control channel")
     client("b").send(WorkerError("CapacityError", "no memory"))
     assert losses.wait(2)[1] == ("b", "CapacityError: no memory")
+
+
+def test_workers_tell_of_others_that_are_lost(
+    server: ControlServer, client: Make, losses: Losses
+) -> None:
+    witness, _ = client("a"), client("b")
+    witness.send(LostPeer("b", "it closed the link"))
+    assert losses.wait() == [("b", "it closed the link")]
+    assert server.lost("b") == "it closed the link"
+    assert server.lost("a") is None
+    witness.send(LostPeer("b", "once more"))
+    witness.send(LostPeer("stranger", "it never joined"))
+    assert losses.wait(2)[1:] == [("stranger", "it never joined")]
 
 
 def test_a_lost_worker_is_told(server: ControlServer, client: Make, losses: Losses) -> None:
