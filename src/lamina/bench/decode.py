@@ -16,7 +16,7 @@ import torch
 
 from lamina.bench.breakdown import Breakdown, summarize
 from lamina.bench.percentiles import percentile
-from lamina.bench.subjects import PREFILL_ROWS, SubjectProcess
+from lamina.bench.subjects import PREFILL_ROWS, UNCOUNTED_STEPS, SubjectProcess
 from lamina.config import AttentionWorkerConfig, EngineConfig
 from lamina.types import ceil_div
 
@@ -72,13 +72,14 @@ def measure(
             rounds.append(subject.decode(steps_per_turn))
     seconds = [[sum(turn) for turn in rounds] for rounds in steps]
     tokens = batch * steps_per_turn
+    num_steps = turns * (steps_per_turn + UNCOUNTED_STEPS)
     figures = []
     for index, (subject, values, prompt_s) in enumerate(
         zip(subjects, seconds, prefill_s, strict=True)
     ):
         intervals_ms = [1e3 * step for turn in steps[index] for step in turn]
         phases_ms = {
-            phase: 1e3 * (total - before[index][phase]) / (turns * steps_per_turn)
+            phase: 1e3 * (total - before[index][phase]) / num_steps
             for phase, total in subject.phases().items()
         }
         speeds = [tokens / value for value in values]
@@ -122,7 +123,7 @@ def num_tokens_needed(batch: int, context: int, turns: int, steps_per_turn: int)
     with a step that is not counted.
     """
     prefill_steps = 2 * ceil_div(batch * context, PREFILL_ROWS)
-    return prefill_steps + (turns + 1) * (steps_per_turn + 2) + 2
+    return prefill_steps + (turns + 1) * (steps_per_turn + UNCOUNTED_STEPS + 1) + 2
 
 
 def lamina_config(

@@ -39,17 +39,19 @@ class Picture(NamedTuple):
 
 
 def choose(records: Sequence[StepRecord], num_layers: int) -> Picture:
-    """The `num_layers` layers in the middle of a step in the middle of these steps.
+    """`num_layers` layers from the middle of a step: of the one that took the median time for them.
 
     Args:
         records: enough steps that every micro-batch has some before and after.
         num_layers: at most as many as the model has.
     """
     whole = [record for record in records if record.attention]
-    middle = whole[len(whole) // 2]
-    begins = [_begin(middle, layer) for layer in range(len(middle.model[0].times))]
-    first = (len(begins) - 1 - num_layers) // 2
-    begin_s, end_s = begins[first], begins[first + num_layers]
+    first = (len(whole[0].model[0].times) - 1 - num_layers) // 2
+    stretches = sorted(
+        ((_begin(record, first), _begin(record, first + num_layers)) for record in whole[2:-2]),
+        key=lambda stretch: stretch[1] - stretch[0],
+    )
+    begin_s, end_s = stretches[len(stretches) // 2]
 
     def is_seen(thing: Event | Hop) -> bool:
         return thing.end_s > begin_s and thing.begin_s < end_s

@@ -43,6 +43,10 @@ class WorkerShares(msgspec.Struct, frozen=True):
     """Per worker, together 1."""
 
 
+UNCOUNTED_STEPS = 1
+"""Steps at the start of each `LaminaSubject.decode` that are not counted."""
+
+
 class Subject(Protocol):
     """Something that decodes."""
 
@@ -107,10 +111,11 @@ class LaminaSubject:
     def decode(self, num_steps: int) -> list[float]:
         """A step is over when every sequence has one token more, however many are in flight.
 
-        The first one is not counted: what was in flight since the last call has had time enough.
+        The first is not counted: what was in flight since the last call has had time enough.
         """
         counts = dict.fromkeys(self._names, 0)
-        self._advance(counts)
+        for _ in range(UNCOUNTED_STEPS):
+            self._advance(counts)
         self._end_stretch()
         ends = [time.monotonic()]
         for _ in range(num_steps):

@@ -23,23 +23,24 @@ _COLORS = {
 }
 
 
-def table(title: str, figures: Sequence[Breakdown]) -> Table:
-    """For people: the parts in milliseconds, then what the workers did."""
+def tables(title: str, figures: Sequence[Breakdown]) -> list[Table]:
+    """For people: the parts of a step, and what the workers did."""
     from lamina.engine.breakdown import PARTS
 
-    out = Table(title=title)
-    for column in ("batch", "context", "deployment"):
-        out.add_column(column)
-    for column in ("step ms", *PARTS, "t_m", "t_a", "tok/s", "bound", "of it"):
-        out.add_column(column, justify="right")
-    out.add_column("bubbles")
+    parts, workers = Table(title=f"Parts of a step, {title}, ms"), Table(title=f"Workers, {title}")
+    for out in (parts, workers):
+        out.add_column("batch x context", no_wrap=True)
+        out.add_column("deployment", no_wrap=True)
+    for column in ("step", *PARTS):
+        parts.add_column(column, justify="right")
+    for column in ("t_m ms", "t_a ms", "tok/s", "bound", "of it"):
+        workers.add_column(column, justify="right")
+    workers.add_column("bubbles")
     for f in figures:
-        out.add_row(
-            str(f.batch),
-            str(f.context),
-            f.subject,
-            f"{f.step_ms:.2f}",
-            *(f"{f.parts_ms[part]:.2f}" for part in PARTS),
+        name = (f"{f.batch} x {f.context}", f.subject)
+        parts.add_row(*name, f"{f.step_ms:.2f}", *(f"{f.parts_ms[part]:.2f}" for part in PARTS))
+        workers.add_row(
+            *name,
             f"{f.model_ms:.2f}",
             f"{f.attention_ms:.2f}",
             f"{f.tokens_per_s:.1f}",
@@ -47,18 +48,20 @@ def table(title: str, figures: Sequence[Breakdown]) -> Table:
             f"{f.share_of_bound:.0%}",
             ", ".join(f"{worker} {1 - share:.0%}" for worker, share in f.busy.items()),
         )
-    return out
+    return [parts, workers]
 
 
 def draw(figures: Sequence[Breakdown], axes: Axes) -> None:
-    """Stacked bars, one per deployment and case."""
+    """Stacked bars, one per deployment and case, from top to bottom."""
     from lamina.engine.breakdown import PARTS
 
     names = [f"{f.subject}\n{f.batch} x {f.context}" for f in figures]
-    bottom = [0.0] * len(figures)
+    left = [0.0] * len(figures)
     for part in PARTS:
-        heights = [f.parts_ms[part] for f in figures]
-        axes.bar(names, heights, 0.6, bottom=bottom, label=part, color=_COLORS[part])
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    axes.set_ylabel("step, ms")
-    axes.legend()
+        widths = [f.parts_ms[part] for f in figures]
+        axes.barh(names, widths, 0.6, left=left, label=part, color=_COLORS[part])
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("step, ms")
+    axes.legend(ncols=len(PARTS), loc="lower center", bbox_to_anchor=(0.4, 1.0), frameon=False,
+                fontsize=8)  # fmt: skip

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from lamina.bench.shapes import SHAPES, write_shape
 from lamina.cli.bench.breakdown import draw as draw_breakdown
-from lamina.cli.bench.breakdown import table as breakdown_table
+from lamina.cli.bench.breakdown import tables as breakdown_tables
 from lamina.cli.bench.deployments import deployments
 from lamina.cli.bench.output import (
     JsonOption,
@@ -147,14 +147,14 @@ def _show(
     elif json:
         write_json(figures, json)
     if plot and breakdowns:
-        width = 2 + 1.5 * len(breakdowns)
-        write_plot(plot, lambda axes: draw_breakdown(breakdowns, axes), size=(width, 4))
+        height = 1.2 + 0.7 * len(breakdowns)
+        write_plot(plot, lambda axes: draw_breakdown(breakdowns, axes), size=(9, height))
     elif plot:
         write_plot(plot, lambda axes: _draw(figures, axes), size=(8, 4))
     console = Console(stderr=str(json) == "-", width=150)
     console.print(_table(shape, threads, figures))
     if breakdowns:
-        console.print(breakdown_table(f"Breakdown, {shape}, means", breakdowns))
+        console.print(*breakdown_tables(shape, breakdowns), sep="\n")
 
 
 @contextmanager

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from lamina.bench.picture import Picture
+    from lamina.engine.events import Event
 
 _COLORS = ("#4c78a8", "#f2a057", "#6aa56e", "#b279a2", "#d5605e", "#9d755d", "#72b7b2", "#b8a13c")
 """Of the micro-batches, in turn."""
 _HATCHES = {
     "q": "",
     "k, v": "//",
-    "deferred": "..",
+    "deferred": "||",
     "last slice": "",
     "attend": "",
     "append, merge": "xx",
@@ -54,7 +55,7 @@ def timeline(
     num_layers = int(str(SHAPES[shape]["num_hidden_layers"]))
     if layers > num_layers:
         raise ConfigError(f"layers must be at most {num_layers}, got {layers}")
-    num_steps = 6
+    num_steps = 12
     with tempfile.TemporaryDirectory() as folder:
         config = lamina_config(
             write_shape(shape, Path(folder)),
@@ -87,6 +88,9 @@ def draw(picture: Picture, axes: Axes) -> None:
     def at(time_s: float) -> float:
         return 1e3 * (time_s - picture.begin_s)
 
+    def is_long(event: Event) -> bool:
+        return event.end_s - event.begin_s > 0.005 * (picture.end_s - picture.begin_s)
+
     for event in picture.events:
         sends = event.phase not in _HATCHES
         axes.broken_barh(
@@ -97,7 +101,7 @@ def draw(picture: Picture, axes: Axes) -> None:
             linewidth=0 if sends else 0.4,
             hatch=_HATCHES.get(event.phase),
         )
-        if event.phase in ("q", "attend"):
+        if event.phase in ("q", "attend") and is_long(event):
             label = f"{chr(ord('A') + event.micro_batch)}{event.layer}"
             axes.text(at(event.begin_s), rows[event.worker] + _HEIGHT / 2, label,
                       fontsize=7, va="bottom", clip_on=True)  # fmt: skip
@@ -117,7 +121,9 @@ def draw(picture: Picture, axes: Axes) -> None:
     axes.set_yticks([*rows.values()], [*rows])
     axes.set_xlabel("ms")
     micro_batches = sorted({event.micro_batch for event in picture.events})
-    phases = [phase for phase in _HATCHES if any(e.phase == phase for e in picture.events)]
+    phases = [
+        phase for phase in _HATCHES if any(e.phase == phase and is_long(e) for e in picture.events)
+    ]
     handles = [
         Patch(facecolor=_COLORS[m % len(_COLORS)], label=f"micro-batch {chr(ord('A') + m)}")
         for m in micro_batches
