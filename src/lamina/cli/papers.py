@@ -55,8 +55,9 @@ def print_lamina(
         for c in cells
     ]
     title = (
-        f"Decode only, equal cost. The paper: gains {100 * low:.1f} to {100 * high:.1f} %, mean batch "
-        f"{paper.BATCH_RATIO} times; here the mean ratio is {paper.mean_batch_ratio(cells):.2f}"
+        f"Decode only, equal cost. The paper: gains {100 * low:.1f} to {100 * high:.1f} %, "
+        f"mean batch {paper.BATCH_RATIO} times; here the mean ratio is "
+        f"{paper.mean_batch_ratio(cells):.2f}"
     )
     columns = ("model", "trace", "requests", "left out", "vLLM tok/s", "Lamina tok/s", "gain",
                "vLLM batch", "Lamina batch", "ratio", "model MFU", "KV bandwidth")  # fmt: skip
