@@ -212,7 +212,8 @@ def test_server_that_cannot_start(name: str, refusals: dict[str, Future[Refusal]
     ("num_workers", "changes", "error", "words"),
     [
         pytest.param(
-            4, {"max_num_seqs": 3}, ConfigError, "attention_workers=4 .* max_num_seqs",
+            4, {"max_num_seqs": 3, "attention_partition": "requests"},
+            ConfigError, "attention_workers=4 .* max_num_seqs",
             id="more workers than requests",
         ),
         pytest.param(
