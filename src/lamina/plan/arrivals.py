@@ -74,8 +74,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
         last = bisect_left(self.arrivals, stop_s, key=lambda a: a.time_s)
         if first >= last:
             raise ConfigError(
-                f"workload {self.name} has no requests from {start_s:g} s to {stop_s:g} s; it lasts "
-                f"from {self.arrivals[0].time_s:g} s to {self.arrivals[-1].time_s:g} s"
+                f"workload {self.name} has no requests from {start_s:g} s to {stop_s:g} s; "
+                f"it lasts from {self.arrivals[0].time_s:g} s to {self.arrivals[-1].time_s:g} s"
             )
         return self._with(_moved(a, a.time_s - start_s) for a in self.arrivals[first:last])
 
@@ -125,7 +125,7 @@ class WorkloadSummary(msgspec.Struct, frozen=True, kw_only=True):
     max_total_tokens: int
     """Longest prompt with its output."""
     mean_decode_context: float
-    """Context length that a decode step sees on average: prompt + output / 2, weighted by output."""
+    """Mean context length over all decode steps: prompt + output / 2, weighted by output."""
 
 
 def _moved(arrival: Arrival, time_s: float) -> Arrival:

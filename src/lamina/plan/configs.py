@@ -67,7 +67,7 @@ class _Reader:
             if self.model_type in FAMILIES
             else find_by_name(
                 self.model_type, FAMILIES, f"model {name}: model_type",
-                f"Costs are known for {', '.join(FAMILIES)}.",
+                "Architectures without a family here have no costs.",
             )
         )  # fmt: skip
         dtype = str(config.get("dtype") or config.get("torch_dtype") or outer.get("dtype")
@@ -78,7 +78,7 @@ class _Reader:
         self._hidden = self._int("hidden_size", "n_embd")
         self._heads = self._int("num_attention_heads", "n_head")
         self._kv_heads = self._int("num_key_value_heads", default=self._heads)
-        if self._heads % self._kv_heads:
+        if not self._kv_heads or self._heads % self._kv_heads:
             self._fail("num_key_value_heads", f"a divisor of {self._heads}", self._kv_heads)
         own = self._family.head_dim or self._hidden // self._heads
         self._head_dim = self._int("head_dim", default=own)
@@ -133,7 +133,7 @@ class _Reader:
             **experts,
         )
 
-    def _attention(self, layer: _Layer) -> dict[str, int]:
+    def _attention(self, layer: _Layer) -> dict[str, Any]:
         family, size = self._family, self._head_dim
         q, kv = self._heads * size, self._kv_heads * size
         layer.matrix(self._hidden, q + 2 * kv, bias=self._flag(family.qkv_bias))
@@ -146,7 +146,7 @@ class _Reader:
     def _is_latent(self) -> bool:
         return self._config.get("kv_lora_rank") is not None
 
-    def _latent_attention(self, layer: _Layer) -> dict[str, int]:
+    def _latent_attention(self, layer: _Layer) -> dict[str, Any]:
         """DeepSeek's MLA: q, k and v through low ranks; all heads have k and v of their own."""
         bias, hidden, heads = self._flag(self._family.qkv_bias), self._hidden, self._heads
         rank, rope = self._int("kv_lora_rank"), self._int("qk_rope_head_dim")
@@ -184,7 +184,7 @@ class _Reader:
             and (index + 1) % self._int("decoder_sparse_step", default=1) == 0
         )
 
-    def _experts(self, layer: _Layer) -> dict[str, int]:
+    def _experts(self, layer: _Layer) -> dict[str, Any]:
         count, used = self._num_experts(), self._int("num_experts_per_tok")
         if used > count:
             self._fail("num_experts_per_tok", f"at most {count}", used)

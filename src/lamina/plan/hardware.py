@@ -78,7 +78,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     source: str
     """Address of the page that the figures are from."""
     sources: dict[str, str] = {}
-    """Figures that are from elsewhere: field -> address, or `assumed: why`."""
+    """Figures that are from elsewhere: field (or `flops.bf16`) -> address, `computed: ...`,
+    `assumed: ...` or `unread: ...` (see `hardware.toml`)."""
 
     def __post_init__(self) -> None:
         def need(ok: bool, field: str, want: str, value: object) -> None:
@@ -95,7 +96,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             need(value is None or value > 0, field, "positive", value)
         price = self.price_per_hour
         need(price is None or price >= 0, "price_per_hour", "at least 0", price)
-        fields = self.__struct_fields__
+        fields = (*self.__struct_fields__, *(f"flops.{dtype}" for dtype in self.flops))
         for field in self.sources:
             need(field in fields, "sources", f"of {', '.join(fields)}", repr(field))
 
@@ -116,8 +117,11 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         )
 
     def source_of(self, field: str) -> str:
-        """Where that figure is from."""
-        return self.sources.get(field, self.source)
+        """Where that figure is from; `field` may be `flops.bf16`."""
+        if field == "bandwidth_bytes_per_s" and self.dram is not None:
+            field = "dram" if field not in self.sources else field
+        whole = field.partition(".")[0]
+        return self.sources.get(field, self.sources.get(whole, self.source))
 
 
 def load_devices(extra: Path | None = None) -> dict[str, Device]:

@@ -58,8 +58,8 @@ class LayerCost(msgspec.Struct, frozen=True, kw_only=True):
         chooses its experts evenly and by itself."""
         if not self.num_experts:
             return 0.0
-        miss = 1.0 - self.experts_per_token / self.num_experts
-        return self.num_experts * (1.0 - miss**rows)
+        miss: float = (1.0 - self.experts_per_token / self.num_experts) ** rows
+        return self.num_experts * (1.0 - miss)
 
     def params_touched(self, rows: float) -> float:
         """Expected number of parameters that a step of `rows` reads."""
@@ -68,7 +68,7 @@ class LayerCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole model. Bytes are of `bytes_per_param` and `bytes_per_element` unless told otherwise."""
+    """A whole model."""
 
     name: str
     architecture: str
@@ -109,7 +109,7 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
         """FLOPs of all slices of a step.
 
         Args:
-            logit_rows: rows whose logits are needed (of a prompt chunk none but the last); None: all.
+            logit_rows: rows whose logits are needed (of a prompt at most the last); None: all.
         """
         layers = sum(layer.active_params_per_token for layer in self.layers)
         head = self.head_params * (rows if logit_rows is None else logit_rows)

@@ -39,6 +39,6 @@ def find_by_name(name: str, known: Mapping[str, T], what: str, remedy: str) -> T
     hint = (
         f"did you mean {' or '.join(by_normal[n] for n in near[:_NUM_SUGGESTIONS])}?"
         if near
-        else f"known are {', '.join(known)}"
+        else f"known are {', '.join(known)}."
     )
     raise ConfigError(f"{what} {name!r} is unknown; {hint} {remedy}")

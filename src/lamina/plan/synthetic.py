@@ -41,9 +41,8 @@ class Lengths(msgspec.Struct, frozen=True, kw_only=True):
             )
 
     def draw(self, generator: numpy.random.Generator, count: int) -> list[int]:
-        """`count` lengths whose mean is `mean` to within half a token per `count`, so that a few
-        long ones do not make one workload heavier than the next (constant and uniform need none of
-        that)."""
+        """`count` lengths. Exponential and lognormal ones are scaled so that their mean is `mean`:
+        otherwise a few very long ones make one workload much heavier than the next."""
         mean, spread = self.mean, self.spread
         match self.kind:
             case "constant":
@@ -55,7 +54,7 @@ class Lengths(msgspec.Struct, frozen=True, kw_only=True):
             case "lognormal":
                 sigma = math.sqrt(math.log1p(spread**2))
                 values = generator.lognormal(math.log(mean) - sigma**2 / 2, sigma, count)
-        if self.kind != "constant":
+        if self.kind in ("exponential", "lognormal"):
             values *= mean / values.mean()
         lengths: list[int] = numpy.maximum(1, numpy.rint(values)).astype(int).tolist()
         return lengths

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -102,10 +101,9 @@ def _lines(path: Path) -> Iterator[str]:
     """ConfigError: the file cannot be read."""
     try:
         with path.open("rb") as raw:
-            magic = raw.read(len(_GZIP_MAGIC))
-            raw.seek(0)
-            stream = gzip.open(raw) if magic == _GZIP_MAGIC else raw
-            yield from io.TextIOWrapper(stream, encoding="utf-8-sig")  # type: ignore[arg-type]
+            is_zipped = raw.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+        with (gzip.open if is_zipped else open)(path, "rt", encoding="utf-8-sig") as lines:
+            yield from lines
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ConfigError(f"workload {path} cannot be read: {error}") from None
 
@@ -114,9 +112,7 @@ def _fields(line: str) -> list[str]:
     return [field.strip() for field in next(csv.reader([line]), [])]
 
 
-def _read_csv(
-    path: Path, columns: Sequence[str], time_s: Callable[[Any, str], float]
-) -> Workload:
+def _read_csv(path: Path, columns: Sequence[str], time_s: Callable[[Any, str], float]) -> Workload:
     lines = enumerate(_lines(path), 1)
     header = _fields(next(lines, (1, ""))[1])
     if missing := [name for name in columns if name not in header]:

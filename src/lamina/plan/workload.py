@@ -7,7 +7,6 @@ from typing import get_args
 
 from lamina.errors import ConfigError
 from lamina.plan.arrivals import PREFIX_BLOCK_TOKENS, Arrival, Workload, WorkloadSummary
-from lamina.plan.names import find_by_name
 from lamina.plan.synthetic import Arrivals, Lengths, parse_lengths, synthetic
 from lamina.plan.traces import read_azure, read_csv, read_mooncake, read_trace
 
@@ -52,19 +51,24 @@ def _synthetic(text: str) -> Workload:
         key, equals, value = part.partition("=")
         if not equals:
             raise ConfigError(f"workload {text}: {part!r} must be a setting such as rate=4")
-        find_by_name(key, _DEFAULTS, "workload setting", f"({', '.join(_DEFAULTS)})")
+        if key not in _DEFAULTS:
+            raise ConfigError(
+                f"workload {text}: {key!r} is no setting; there are {', '.join(_DEFAULTS)}"
+            )
         settings[key] = value
     arrivals = settings["arrivals"]
     if arrivals not in get_args(Arrivals):
-        raise ConfigError(f"arrivals must be one of {', '.join(get_args(Arrivals))}, got {arrivals!r}")
+        raise ConfigError(
+            f"arrivals must be one of {', '.join(get_args(Arrivals))}, got {arrivals!r}"
+        )
     return synthetic(
-        num_requests=int(_number(settings, "requests")),
+        num_requests=_whole(settings, "requests"),
         rate=_number(settings, "rate"),
         prompt=parse_lengths(settings["prompt"], "prompt"),
         output=parse_lengths(settings["output"], "output"),
         arrivals=arrivals,  # type: ignore[arg-type]
         variation=_number(settings, "variation"),
-        seed=int(_number(settings, "seed")),
+        seed=_whole(settings, "seed"),
         name=text,
     )
 
@@ -74,3 +78,9 @@ def _number(settings: dict[str, str], key: str) -> float:
         return float(settings[key])
     except ValueError:
         raise ConfigError(f"{key} must be a number, got {settings[key]!r}") from None
+
+
+def _whole(settings: dict[str, str], key: str) -> int:
+    if not settings[key].isascii() or not settings[key].isdigit():
+        raise ConfigError(f"{key} must be a whole number of at least 0, got {settings[key]!r}")
+    return int(settings[key])
