@@ -83,24 +83,13 @@ class Colocated:
         self._points: dict[int, Point] = {}
 
     def best_batch(self, most: int) -> int:
-        """The batch up to `most` with the most throughput: a larger one can be worse where it spills
-        to slower attention workers."""
-        if len(self._capacity) == 1:
-            return most
-        batches = [most]
-        while batches[-1] > 1:
-            batches.append(max(1, min(batches[-1] - 1, int(batches[-1] / 1.25))))
-        best = max(batches, key=lambda b: self.point(b).requests_per_s)
-        low, high = int(best / 1.25), min(most, int(best * 1.25) + 1)
-        while high - low > 2:
-            third = (high - low) // 3
-            left, right = low + third, high - third
-            if self.point(max(1, left)).requests_per_s < self.point(right).requests_per_s:
-                low = left
-            else:
-                high = right
-        near = [b for b in range(low, high + 1) if b >= 1]
-        return max([best, *near], key=lambda b: self.point(b).requests_per_s)
+        """The batch up to `most` with the most throughput. That is the largest, or the largest that
+        does not yet spill over to slower attention workers."""
+        batches = {most}
+        for level in {self._capacity[e] / w for e, w in self._weights.items()}:
+            tokens = sum(min(c, level * self._weights[e]) for e, c in self._capacity.items())
+            batches.add(max(1, min(most, int(tokens / self._held / self._depth))))
+        return max(sorted(batches), key=lambda b: self.point(b).requests_per_s)
 
     def times(self, batch: int) -> tuple[float, float]:
         """MTIME and ATIME of a step of one micro-batch that carries no prompt."""
