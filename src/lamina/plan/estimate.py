@@ -161,7 +161,7 @@ class Estimator:
     def _estimate(self, deployment: Deployment, side: Colocated | Separate, batch: int) -> Estimate:
         point = side.point(batch)
         link = needed = None
-        if isinstance(deployment, Disaggregated):
+        if isinstance(deployment, Disaggregated) and isinstance(side, Colocated):
             slices_s, attention_s = side.times(batch)
             needed = min_bandwidth_bytes_per_s(
                 self.model, batch, slices_s, attention_s, alpha=ALPHA

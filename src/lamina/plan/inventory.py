@@ -31,7 +31,10 @@ from lamina.plan.deployment import Pool
 from lamina.plan.hardware import Device, find_device
 from lamina.plan.names import normalise
 
-GENERIC = {"cpubox": "2x EPYC 9654", "cpumachine": "2x EPYC 9654", "cpu": "2x EPYC 9654"}
+GENERIC = dict.fromkeys(
+    ("cpu", "cpubox", "cpuboxes", "cpumachine", "cpumachines", "cpuserver", "cpuservers"),
+    "2x EPYC 9654",
+)
 """What somebody means who does not say which machine (normalised names)."""
 OWN_PRICE = "given with the inventory"
 
@@ -147,24 +150,23 @@ def _read(path: Path) -> _File:
 def _resolved(file: _File, devices: Mapping[str, Device]) -> Inventory:
     link = None if file.link is None else _rate(file.link, "link")
     notes: list[str] = []
-    pools: dict[Device, int] = {}
+    counts: dict[str, int] = {}
+    known: dict[str, Device] = {}
     for entry in file.devices:
         device = _device(entry, link, devices, notes)
+        if known.get(device.name, device) != device:  # two sizes of one machine
+            name = f"{device.name} ({device.memory_bytes / 1e9:.0f} GB)"
+            device = msgspec.structs.replace(device, name=name)
+        if known.setdefault(device.name, device) != device:
+            raise ConfigError(
+                f"inventory: {entry.device} is given more than once with different figures; "
+                "describe one of them under a name of its own in a hardware file"
+            )
         if entry.count < 1:
             raise ConfigError(f"the number of {entry.device} must be at least 1, got {entry.count}")
-        known = next((d for d in pools if d == device), None)
-        if known is None and any(d.name == device.name for d in pools):
-            device = msgspec.structs.replace(
-                device, name=f"{device.name} ({device.memory_bytes / 1e9:.0f} GB)"
-            )
-            if any(d.name == device.name for d in pools):
-                raise ConfigError(
-                    f"inventory: {entry.device} is given more than once with different figures; "
-                    "describe one of them under a name of its own in a hardware file"
-                )
-        pools[known or device] = pools.get(known or device, 0) + entry.count
+        counts[device.name] = counts.get(device.name, 0) + entry.count
     return Inventory(
-        pools=tuple(Pool(device=device, count=count) for device, count in pools.items()),
+        pools=tuple(Pool(device=known[name], count=count) for name, count in counts.items()),
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -173,10 +175,10 @@ def _device(
     entry: _Entry, link: float | None, devices: Mapping[str, Device], notes: list[str]
 ) -> Device:
     name = entry.device
-    generic = GENERIC.get(re.sub("(boxes|box)$", "box", normalise(name)).removesuffix("s"))
-    if generic in devices and normalise(name) not in map(normalise, devices):
-        notes.append(f"{name} is taken to be a {generic}: name the machine for its own figures")
-        name = generic
+    if normalise(name) in GENERIC and normalise(name) not in map(normalise, devices):
+        machine = GENERIC[normalise(name)]
+        notes.append(f"{name} is taken to be a {machine}: name the machine for its own figures")
+        name = machine
     device = find_device(name, dict(devices))
     changes: dict[str, Any] = {}
     sources = dict(device.sources)
