@@ -6,7 +6,7 @@ Requests go to them in proportion to what each can do, so that throughputs add u
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -85,9 +85,9 @@ def is_disaggregated(estimate: Estimate) -> bool:
     )
 
 
-def plan_of(estimates: Iterable[Estimate]) -> Plan:
+def plan_of(estimates: Sequence[Estimate]) -> Plan:
     """The deployments of these estimates, equal ones counted."""
-    by_text = {str(e.deployment): e for e in (estimates := list(estimates))}
+    by_text = {str(e.deployment): e for e in estimates}
     counts = Counter(str(e.deployment) for e in estimates)
     parts = [(count, by_text[text]) for text, count in counts.items()]
     return Plan(parts=tuple(sorted(parts, key=lambda p: -p[0] * p[1].tokens_per_s)))

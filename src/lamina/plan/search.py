@@ -104,8 +104,10 @@ def search(
     estimator = Estimator(model, demand, settings, objectives)
     candidates = Candidates(model, inventory, settings, demand)
     best = _Best(inventory, estimator)
-    for deployment in (*candidates.monolithic(), *candidates.prefill_decode()):
-        best.add(deployment)
+    for monolithic in candidates.monolithic():
+        best.add(monolithic)
+    for separate in candidates.prefill_decode():
+        best.add(separate)
     plain = Fleets(counts, list(best.plain.items()))
     num_left_out, left_out_bound = _estimate_disaggregated(candidates, best, plain, inventory)
     if not best.plain and not best.disaggregated:
@@ -209,32 +211,28 @@ class _Chooser:
 
     def best(self, fleets: Fleets, choices: dict[Usage, Estimate]) -> Plan | None:
         """The best plan that has at least one of `choices`, the rest from `fleets`."""
-        plans = []
+        best: tuple[float, Estimate, Usage | None] | None = None
         for usage, estimate in choices.items():
-            if self._rank == "cost":
-                if self._fits(self.price(usage)):
-                    plans.append(((estimate,), self.key(plan_of([estimate]))))
+            if not self._fits(self.price(usage)):
                 continue
-            rest = self._rest(fleets, usage)
-            if rest is not None:
+            if self._rank == "cost":  # more devices make it no cheaper per token
+                rest, value = None, self.key(plan_of([estimate]))
+            else:
+                rest = self._rest(fleets, usage)
                 value = estimate.tokens_per_s + float(fleets.best[rest])
-                plans.append(((estimate, rest), value))
-        if not plans:
+            if best is None or value > best[0]:
+                best = value, estimate, rest
+        if best is None:
             return None
-        chosen = max(plans, key=lambda p: p[1])[0]
-        if len(chosen) == 1:
-            return plan_of(chosen)
-        return plan_of([chosen[0], *fleets.at(chosen[1])])
+        _, estimate, rest = best
+        return plan_of([estimate, *(fleets.at(rest) if rest is not None else ())])
 
-    def _rest(self, fleets: Fleets, usage: Usage) -> Usage | None:
-        """Devices to use beside `usage`; None if that alone costs too much."""
+    def _rest(self, fleets: Fleets, usage: Usage) -> Usage:
+        """Devices to use beside `usage`."""
         left = tuple(c - u for c, u in zip(self._counts, usage, strict=True))
         if self._budget == math.inf:
             return left
-        budget = self._budget - self.price(usage)
-        if not self._fits(self.price(usage)):
-            return None
-        return fleets.within(self._prices, max(0.0, budget), left)
+        return fleets.within(self._prices, max(0.0, self._budget - self.price(usage)), left)
 
     def _fits(self, price: float) -> bool:
         return self._budget == math.inf or price <= self._budget * (1 + 1e-9)
@@ -297,8 +295,8 @@ def _warnings(plans: Iterable[Plan], inventory: Inventory) -> list[str]:
     if len(sellers) > 1:
         by_seller = "; ".join(f"{', '.join(names)}: {source}" for source, names in sellers.items())
         warnings.append(
-            f"prices of different sellers and days are mixed, so costs do not compare ({by_seller});"
-            " give your own, such as 'H100 at $2.50'"
+            "prices of different sellers and days are mixed, so that costs do not compare "
+            f"({by_seller}); give your own, such as 'H100 at $2.50'"
         )
     missing = sorted(p.device.name for p in inventory.pools if p.device.price_per_hour is None)
     if missing and any(source == OWN_PRICE for source in sellers):
