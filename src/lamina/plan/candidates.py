@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import product
 
+import msgspec
+
 from lamina.config import MAX_PIPELINE_DEPTH
 from lamina.plan.build import Settings
 from lamina.plan.demand import Demand
@@ -191,14 +193,13 @@ class Candidates:
         return self._demand.output_tokens / self._steps
 
 
-def deeper(deployment: Disaggregated) -> Iterator[Disaggregated]:
-    """The same with other numbers of micro-batches: from no pipelining upwards."""
-    depths = [deployment.replicas, *(deployment.replicas + more for more in (1, 2, 3, 5))]
-    for depth in depths:
-        if depth <= MAX_PIPELINE_DEPTH:
-            yield Disaggregated(
-                model=deployment.model,
-                attention=deployment.attention,
-                replicas=deployment.replicas,
-                depth=depth,
-            )
+def with_depth(deployment: Disaggregated, depth: int) -> Disaggregated:
+    """The same with another number of micro-batches."""
+    return msgspec.structs.replace(deployment, depth=depth)
+
+
+def deeper(deployment: Disaggregated) -> Iterator[int]:
+    """Greater numbers of micro-batches to try, rising."""
+    for more in (1, 2, 4):
+        if deployment.depth + more <= MAX_PIPELINE_DEPTH:
+            yield deployment.depth + more

@@ -24,6 +24,7 @@ from lamina.plan.model import ModelCost
 from lamina.plan.recorder import RequestTimes
 from lamina.plan.separate import Separate
 
+_CURVE_POINTS = 40
 ALPHA = 0.2
 """Share of a step's time that the network may add, in the formula for the least bandwidth."""
 
@@ -136,6 +137,26 @@ class Estimator:
             most = last_true(lambda b: self._meets(side.point(b)), 1, most)
         batch = side.best_batch(most)
         return self._estimate(deployment, side, batch)
+
+    def needed_link(self, deployment: Deployment) -> list[tuple[int, float]]:
+        """(batch, bytes per second that the formula asks for), up to what memory holds; empty for
+        deployments that the formula is not about, and for those that do not fit."""
+        if not isinstance(deployment, Disaggregated):
+            return []
+        side = self._side(deployment)
+        assert isinstance(side, Colocated), "prompts and decoding are in one engine"
+        most = side.most_batch
+        rows = sorted(
+            {max(1, round(most * i / _CURVE_POINTS)) for i in range(1, 1 + _CURVE_POINTS)}
+        )
+        curve = []
+        for batch in rows if most else ():
+            slices_s, attention_s = side.times(batch)
+            needed = min_bandwidth_bytes_per_s(
+                self.model, batch, slices_s, attention_s, alpha=ALPHA
+            )
+            curve.append((batch * deployment.depth, needed))
+        return curve
 
     def _side(self, deployment: Deployment) -> Colocated | Separate:
         match deployment:

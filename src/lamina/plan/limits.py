@@ -216,7 +216,7 @@ def _ranks(side: str) -> Resource:
             efficiency, collective_latency_s=efficiency.collective_latency_s / factor
         )
         settings = msgspec.structs.replace(case.settings, efficiency=faster)
-        fields = ("interconnect_bytes_per_s",)
+        fields: tuple[str, ...] = ("interconnect_bytes_per_s",)
         if side == ALL:  # without an interconnect ranks use the network, which serves nothing else
             fields = ("interconnect_bytes_per_s", "network_bytes_per_s")
         return _with(case._replace(settings=settings), side, fields, factor)
@@ -277,14 +277,15 @@ def _with(case: Case, side: str, fields: tuple[str, ...], factor: float) -> Case
         device = msgspec.structs.replace(pool.device, **changes)
         return msgspec.structs.replace(pool, device=device)
 
-    deployment, changes = case.deployment, {}
+    deployment = case.deployment
+    parts: dict[str, Any] = {}
     for field in deployment.__struct_fields__:
         value = getattr(deployment, field)
         is_model = field in ("devices", "model", "prefill")
         if side != ALL and is_model != (side == MODEL):
             continue
         if isinstance(value, Pool):
-            changes[field] = more(value)
+            parts[field] = more(value)
         elif field == "attention":
-            changes[field] = tuple(more(pool) for pool in value)
-    return case._replace(deployment=msgspec.structs.replace(deployment, **changes))
+            parts[field] = tuple(more(pool) for pool in value)
+    return case._replace(deployment=msgspec.structs.replace(deployment, **parts))

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import msgspec
 
+from lamina.plan.colocated import Breakdown
 from lamina.plan.confirm import Simulated, Simulations
 from lamina.plan.demand import Demand
-from lamina.plan.estimate import Breakdown, Estimator
+from lamina.plan.deployment import PrefillDecode
+from lamina.plan.estimate import Estimator
 from lamina.plan.fleet import Plan
 from lamina.plan.inventory import Inventory
 from lamina.plan.limits import binding, break_even
@@ -42,6 +44,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     breakdown: Breakdown
     """Of its TBT, in seconds."""
     simulated: Simulated | None
+    needed_link: tuple[tuple[int, float], ...]
+    """(batch, bytes per second) of model-attention disaggregation, by the same formula."""
 
 
 class FrontPoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,6 +131,7 @@ def _row(plan: Plan, estimator: Estimator, simulated: Simulated | None) -> Row:
         link_bytes_per_s=main.link_bytes_per_s,
         breakdown=main.breakdown,
         simulated=simulated,
+        needed_link=tuple(estimator.needed_link(main.deployment)),
     )
 
 
@@ -144,11 +149,11 @@ def _verdict(
             (m.reason for m in found.misfits if str(m.deployment).startswith("dop:")),
             "no devices are left for attention beside those that the weights need",
         )
-        return False, f"Do not disaggregate: it is not possible here ({why})."
+        return False, f"Do not disaggregate attention: it is not possible here ({why})."
     if without is None:
         main = disaggregated.main
         return True, (
-            f"Disaggregate: nothing else serves this. {disaggregated} gives "
+            f"{_verb(disaggregated)}: nothing else serves this. {disaggregated} gives "
             f"{_value(disaggregated, disaggregated.tokens_per_s, rank)}; it is limited by "
             f"{binding(estimator, main)}."
         )
@@ -163,7 +168,7 @@ def _verdict(
         price, other = disaggregated.price_per_hour, without.price_per_hour
         if price is None or other is None:
             return False, (
-                "Do not disaggregate for its cost: there is no price for what it needs "
+                "Do not disaggregate attention for its cost: there is no price for what it needs "
                 f"({disaggregated})."
             )
         gain = (with_speed / price) / (without_speed / other) - 1
@@ -173,16 +178,16 @@ def _verdict(
     )
     if gain >= LEAST_GAIN:
         return True, (
-            f"Disaggregate: {gain:+.0%} {_what(rank)}. {compared}. What limits the latter is "
-            f"{binding(estimator, without.main)}."
+            f"{_verb(disaggregated)}: {gain:+.0%} {_what(rank)}. {compared}. "
+            f"What limits the latter is {binding(estimator, without.main)}."
         )
     if gain > 0:
         return False, (
-            f"Do not disaggregate: {gain:+.1%} {_what(rank)} is within the error of the estimate. "
-            f"{compared}. {_deciding(disaggregated, estimator, (1 + LEAST_GAIN) / (1 + gain))}"
+            f"Do not disaggregate attention: {gain:+.1%} {_what(rank)} is within the error of the "
+            f"estimate. {compared}. {_deciding(disaggregated, estimator, (1 + LEAST_GAIN) / (1 + gain))}"
         )
     return False, (
-        f"Do not disaggregate: {gain:+.0%} {_what(rank)} at best. {compared}. "
+        f"Do not disaggregate attention: {gain:+.0%} {_what(rank)} at best. {compared}. "
         f"{_deciding(disaggregated, estimator, 1 / (1 + gain))}"
     )
 
@@ -209,6 +214,12 @@ def _deciding(plan: Plan, estimator: Estimator, missing: float) -> str:
     )
 
 
+def _verb(plan: Plan) -> str:
+    if isinstance(plan.main.deployment, PrefillDecode):
+        return "Offload attention to the prefill instances"
+    return "Disaggregate attention"
+
+
 def _what(rank: Rank) -> str:
     return "throughput" if rank == "throughput" else "tokens per dollar"
 
@@ -233,7 +244,8 @@ def _notes(found: Search, demand: Demand) -> list[str]:
     if found.num_left_out:
         notes.append(
             f"{found.num_left_out} deployments were not looked at because there are too many; none "
-            f"of them gives more than {found.left_out_bound:.0f} tokens/s"
+            f"of them gives more than {found.left_out_gain:.0f} tokens/s above what its devices give "
+            "without disaggregation"
         )
     return notes
 

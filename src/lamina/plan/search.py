@@ -15,7 +15,7 @@ import msgspec
 
 from lamina.errors import CapacityError, ConfigError
 from lamina.plan.build import Settings
-from lamina.plan.candidates import Candidates, Usage, deeper, usage_of
+from lamina.plan.candidates import Candidates, Usage, deeper, usage_of, with_depth
 from lamina.plan.demand import Demand
 from lamina.plan.deployment import Deployment, Disaggregated
 from lamina.plan.estimate import Estimate, Estimator, Misfit, Objectives
@@ -25,9 +25,10 @@ from lamina.plan.model import ModelCost
 
 Rank = Literal["throughput", "cost"]
 
-MOST_ESTIMATES = 2500
-"""Disaggregated deployments that are estimated at most, each at several depths."""
-_COMPARED = 100
+MOST_ESTIMATES = 2000
+"""Model-attention disaggregated deployments that are estimated at most."""
+_COMPARED = 200
+_DEEPENED = 100
 
 
 class Search(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,15 +40,17 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
     """The best without attention on other devices than the rest of the model; None: there is
     none."""
     disaggregated: Plan | None
-    """The best with it; None: there is none."""
+    """The best with it: beside others if that is better than `without`, else nothing but it. None:
+    there is none."""
     front: tuple[Plan, ...]
     """By rising price per hour, each with more throughput than all cheaper ones; empty if a price
     is not known."""
     num_estimated: int
     num_left_out: int
     """Deployments that were not estimated because there are too many."""
-    left_out_bound: float
-    """Tokens per second that none of those exceeds."""
+    left_out_gain: float
+    """Most tokens per second that one of those may give above what the same devices give without
+    disaggregation."""
     misfits: tuple[Misfit, ...]
     warnings: tuple[str, ...]
 
@@ -109,7 +112,7 @@ def search(
     for separate in candidates.prefill_decode():
         best.add(separate)
     plain = Fleets(counts, list(best.plain.items()))
-    num_left_out, left_out_bound = _estimate_disaggregated(candidates, best, plain, inventory)
+    num_left_out, left_out_gain = _estimate_disaggregated(candidates, best, plain, inventory)
     if not best.plain and not best.disaggregated:
         raise _nothing(model, inventory, candidates, best.misfits, objectives)
     every: dict[Usage, Estimate] = dict(best.plain)
@@ -120,6 +123,9 @@ def search(
     chooser = _Chooser(inventory, counts, rank, budget_per_hour)
     without = chooser.best(plain, best.plain)
     disaggregated = chooser.best(fleets, best.disaggregated)
+    if disaggregated and without and chooser.key(disaggregated) <= chooser.key(without):
+        alone = Fleets(counts, list(best.disaggregated.items()))
+        disaggregated = chooser.best(alone, best.disaggregated)
     estimates = (*best.plain.values(), *best.disaggregated.values())
     plans = chooser.ranked(estimates, [p for p in (without, disaggregated) if p], num_plans)
     if not plans:
@@ -134,7 +140,7 @@ def search(
         front=tuple(chooser.front(fleets)),
         num_estimated=best.num_estimated,
         num_left_out=num_left_out,
-        left_out_bound=left_out_bound,
+        left_out_gain=left_out_gain,
         misfits=tuple(best.misfits),
         warnings=tuple(_warnings(plans, inventory)),
     )
@@ -143,40 +149,42 @@ def search(
 def _estimate_disaggregated(
     candidates: Candidates, best: _Best, plain: Fleets, inventory: Inventory
 ) -> tuple[int, float]:
-    """Estimate what may be worth it, the most promising first.
+    """Estimate what may be worth it: with one micro-batch more than replicas, then the best of them
+    with other numbers.
 
     Returns:
-        How many were left out although they may be, and the greatest of their bounds.
+        How many were left out although they may be worth it, and the most tokens per second that
+        one of those may give above what the same devices give without disaggregation.
     """
     found: list[tuple[float, float, Usage, Disaggregated]] = []
     for deployment in candidates.disaggregated():
         bound, usage = candidates.bound(deployment), usage_of(deployment, inventory)
-        other = float(plain.best[usage])
-        found.append((bound / other if other else math.inf, bound, usage, deployment))
-    by_bound = sorted(found, key=lambda f: f[1], reverse=True)
-    compared = {id(f[3]) for f in by_bound[:_COMPARED]}
-    found.sort(key=lambda f: (id(f[3]) in compared, f[0], f[1]), reverse=True)
-    num_tried = 0
-    left_out: list[float] = []
-    for ratio, bound, usage, deployment in found:
+        found.append((bound - float(plain.best[usage]), bound, usage, deployment))
+    found.sort(key=lambda f: f[1], reverse=True)
+    compared, others = found[:_COMPARED], found[_COMPARED:]
+    others = sorted((f for f in others if f[0] > 0), key=lambda f: f[0], reverse=True)
+    reached: list[tuple[float, float, Disaggregated]] = []
+    for _, bound, usage, deployment in (*compared, *others[:MOST_ESTIMATES]):
         known = best.disaggregated.get(usage)
         if known is not None and known.tokens_per_s >= bound:
             continue
-        if id(deployment) not in compared:
-            if ratio <= 1:
-                continue
-            if num_tried >= MOST_ESTIMATES:
-                left_out.append(bound)
-                continue
-        num_tried += 1
-        reached = 0.0
-        for variant in deeper(deployment):
-            estimate = best.add(variant)
-            tokens_per_s = estimate.tokens_per_s if estimate else 0.0
-            if reached and tokens_per_s < reached:
+        estimate = best.add(deployment)
+        if estimate is not None:
+            gain = estimate.tokens_per_s - float(plain.best[usage])
+            reached.append((gain, estimate.tokens_per_s, deployment))
+        elif deployment.replicas < deployment.depth:  # fewer sequences, less time between tokens
+            best.add(with_depth(deployment, deployment.replicas))
+    by_gain = sorted(reached, key=lambda r: r[0], reverse=True)[:_DEEPENED]
+    by_speed = sorted(reached, key=lambda r: r[1], reverse=True)[:_DEEPENED]
+    for _, tokens_per_s, deployment in {id(r[2]): r for r in (*by_gain, *by_speed)}.values():
+        best.add(with_depth(deployment, deployment.replicas))
+        for depth in deeper(deployment):
+            estimate = best.add(with_depth(deployment, depth))
+            if estimate is None or estimate.tokens_per_s < tokens_per_s:
                 break  # more micro-batches make it worse from here on
-            reached = tokens_per_s
-    return len(left_out), max(left_out, default=0.0)
+            tokens_per_s = estimate.tokens_per_s
+    left_out = others[MOST_ESTIMATES:]
+    return len(left_out), max((f[0] for f in left_out), default=0.0)
 
 
 class _Chooser:
