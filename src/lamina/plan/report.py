@@ -11,7 +11,7 @@ from lamina.plan.confirm import Simulated, Simulations
 from lamina.plan.demand import Demand
 from lamina.plan.deployment import PrefillDecode
 from lamina.plan.estimate import Estimator
-from lamina.plan.fleet import Plan
+from lamina.plan.fleet import Plan, is_disaggregated
 from lamina.plan.inventory import Inventory
 from lamina.plan.limits import binding, break_even
 from lamina.plan.search import Rank, Search
@@ -25,6 +25,10 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One plan."""
 
     plan: str
+    main: str
+    """The deployment that it most depends on, which `limit` and what follows are about."""
+    disaggregated: bool
+    """Whether attention runs away from the rest of the model, in that deployment."""
     tokens_per_s: float
     requests_per_s: float
     ttft_s: float
@@ -36,7 +40,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     price_per_hour: float | None
     price_per_million_tokens: float | None
     limit: str
-    """Binding constraint of the deployment that most depends on."""
+    """The binding constraint."""
     needed_link_bytes_per_s: float | None
     """Least bandwidth between its model and attention workers by the paper's formula."""
     link_bytes_per_s: float | None
@@ -119,6 +123,8 @@ def _row(plan: Plan, estimator: Estimator, simulated: Simulated | None) -> Row:
     main = plan.main
     return Row(
         plan=str(plan),
+        main=str(main.deployment),
+        disaggregated=is_disaggregated(main),
         tokens_per_s=plan.tokens_per_s,
         requests_per_s=plan.requests_per_s,
         ttft_s=plan.ttft_s,
@@ -184,7 +190,8 @@ def _verdict(
     if gain > 0:
         return False, (
             f"Do not disaggregate attention: {gain:+.1%} {_what(rank)} is within the error of the "
-            f"estimate. {compared}. {_deciding(disaggregated, estimator, (1 + LEAST_GAIN) / (1 + gain))}"
+            f"estimate. {compared}. "
+            f"{_deciding(disaggregated, estimator, (1 + LEAST_GAIN) / (1 + gain))}"
         )
     return False, (
         f"Do not disaggregate attention: {gain:+.0%} {_what(rank)} at best. {compared}. "
@@ -243,9 +250,9 @@ def _notes(found: Search, demand: Demand) -> list[str]:
         )
     if found.num_left_out:
         notes.append(
-            f"{found.num_left_out} deployments were not looked at because there are too many; none "
-            f"of them gives more than {found.left_out_gain:.0f} tokens/s above what its devices give "
-            "without disaggregation"
+            f"{found.num_left_out} deployments were not looked at because there are too many; what "
+            f"one of them gives more than its devices give otherwise is {found.left_out_gain:.0f} "
+            "tokens/s at most"
         )
     return notes
 
