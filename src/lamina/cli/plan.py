@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -18,12 +20,19 @@ from lamina.plan.estimate import Estimator, Objectives
 from lamina.plan.hardware import load_devices
 from lamina.plan.inventory import open_inventory
 from lamina.plan.model import load_model
-from lamina.plan.page import COLUMNS, cells, html
+from lamina.plan.page import cells, html
 from lamina.plan.plots import PLOTS, SIZE
 from lamina.plan.profile import read_profile
 from lamina.plan.report import Report, report
 from lamina.plan.search import search
 from lamina.plan.workload import open_workload
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_HEADER = (
+    "", "tok/s", "simulated", "TTFT ms", "TBT ms", "batch", "$/h", "$/Mtok", "link GB/s",
+)  # fmt: skip
 
 
 def plan(
@@ -139,11 +148,15 @@ def plan(
         ("cost", plot_cost), ("bandwidth", plot_bandwidth), ("breakdown", plot_breakdown),
     ):  # fmt: skip
         if file is not None:
-            write_plot(file, lambda axes, name=name: PLOTS[name](axes, made), size=SIZE)
+            write_plot(file, _drawing(name, made), size=SIZE)
     if html_file is not None:
         html_file.write_text(html(made))
     if str(json) != "-":
         _print(made)
+
+
+def _drawing(name: str, made: Report) -> Callable[[Axes], None]:
+    return lambda axes: PLOTS[name](axes, made)
 
 
 def _print(made: Report) -> None:
@@ -151,16 +164,17 @@ def _print(made: Report) -> None:
     table = Table(
         title=f"{made.model} on {made.inventory}: best by {made.rank} of {made.num_estimated} "
         "deployments",
-        show_lines=True,
+        title_justify="left",
+        box=box.SIMPLE,
     )
-    table.add_column("")
-    for number, column in enumerate(COLUMNS):
-        is_text = number in (0, len(COLUMNS) - 2)
-        table.add_column(column, justify="left" if is_text else "right", overflow="fold")
+    for column in _HEADER:
+        table.add_column(column, justify="right")
     for number, row in enumerate(made.rows, 1):
-        table.add_row(str(number), *cells(row))
+        table.add_row(str(number), *cells(row)[1:-1])
     console.print(table)
-    console.print(made.verdict, markup=False)
+    for number, row in enumerate(made.rows, 1):
+        console.print(f"{number:>3}  {row.plan}\n     limited by {row.limit}", markup=False)
+    console.print(f"\n{made.verdict}", markup=False)
     for text in made.warnings:
         console.print(f"warning: {text}", markup=False, style="yellow")
     for text in made.notes:

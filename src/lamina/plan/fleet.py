@@ -143,32 +143,34 @@ class Fleets:
             left = tuple(a - b for a, b in zip(left, usage, strict=True))
         return chosen
 
-    def within(self, prices: Sequence[float], budget: float, counts: Usage) -> Usage:
+    def within(self, prices: Sequence[float | None], budget: float, counts: Usage) -> Usage:
         """The part of `counts` with the most throughput that costs no more than `budget` per
         hour."""
         part = tuple(slice(0, count + 1) for count in counts)
         affordable = self.prices(prices)[part] <= budget * (1 + 1e-9)
-        best = numpy.where(affordable, self.best[part], -1.0)
-        index: Any = numpy.unravel_index(int(best.argmax()), best.shape)
-        return tuple(int(i) for i in index)
+        return _index(int(numpy.where(affordable, self.best[part], -1.0).argmax()), counts)
 
-    def prices(self, prices: Sequence[float]) -> numpy.ndarray[Any, numpy.dtype[numpy.float64]]:
-        """Of all devices at hand."""
-        grid = numpy.indices(self.best.shape, dtype=float)
-        total: numpy.ndarray[Any, numpy.dtype[numpy.float64]] = numpy.tensordot(
-            numpy.asarray(prices, dtype=float), grid, axes=1
-        )
+    def prices(
+        self, prices: Sequence[float | None]
+    ) -> numpy.ndarray[Any, numpy.dtype[numpy.float64]]:
+        """Of all devices at hand; infinite where one's is not known."""
+        total = numpy.zeros(self.best.shape)
+        for number, price in zip(numpy.indices(self.best.shape), prices, strict=True):
+            total += numpy.where(number > 0, numpy.inf, 0.0) if price is None else number * price
         return total
 
-    def front(self, prices: Sequence[float]) -> list[Usage]:
+    def front(self, prices: Sequence[float | None]) -> list[Usage]:
         """Devices for which no cheaper ones give as much, by rising price."""
         cost, value = self.prices(prices).ravel(), self.best.ravel()
-        order = numpy.lexsort((-value, cost))
         front: list[Usage] = []
         most = 0.0
-        for flat in order:
-            if value[flat] > most * (1 + 1e-6):
+        for flat in numpy.lexsort((-value, cost)):
+            if numpy.isfinite(cost[flat]) and value[flat] > most * (1 + 1e-6):
                 most = float(value[flat])
-                index: Any = numpy.unravel_index(int(flat), self.best.shape)
-                front.append(tuple(int(i) for i in index))
+                front.append(_index(int(flat), self._counts))
         return front
+
+
+def _index(flat: int, counts: Usage) -> Usage:
+    index = numpy.unravel_index(flat, tuple(count + 1 for count in counts))
+    return tuple(int(i) for i in index)

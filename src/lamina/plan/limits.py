@@ -38,6 +38,8 @@ class Resource(NamedTuple):
     name: str
     scaled: Callable[[Case, float], Case]
     amount: Callable[[Case], str]
+    is_choice: bool = False
+    """The user sets it."""
 
 
 class Limit(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,16 +66,18 @@ class BreakEven(msgspec.Struct, frozen=True, kw_only=True):
 
 def binding(estimator: Estimator, estimate: Estimate) -> Limit:
     """The resource of which a quarter more gives the most; of twice as much, where whole sequences
-    leave a quarter without effect."""
+    leave a quarter without effect. What was set by choice comes before devices if it gives at least
+    half as much."""
     case = Case(estimate.deployment, estimator.settings, estimator.objectives)
-    limits: list[Limit] = []
     for factor in (MORE, 2.0):
         limits = []
         for resource in resources(case):
             reached = _reached(estimator, resource.scaled(case, factor))
             gain = (reached / estimate.tokens_per_s - 1) * (MORE - 1) / (factor - 1)
-            limits.append(Limit(name=resource.name, gain=gain))
-        best = max(limits, key=lambda limit: limit.gain)
+            limits.append((resource, Limit(name=resource.name, gain=gain)))
+        best = max((limit for _, limit in limits), key=lambda limit: limit.gain)
+        chosen = [limit for r, limit in limits if r.is_choice and limit.gain >= best.gain / 2]
+        best = max(chosen, key=lambda limit: limit.gain, default=best)
         if best.gain >= _LEAST_GAIN:
             return best
     return Limit(name="no single resource", gain=0.0)
@@ -245,7 +249,7 @@ def _batch_limits() -> Resource:
             f"{case.settings.max_num_seqs} sequences, {case.settings.max_num_batched_tokens} rows"
         )
 
-    return Resource("batch limits", scaled, amount)
+    return Resource("batch limits", scaled, amount, is_choice=True)
 
 
 def _objective(field: str, name: str) -> Resource:
@@ -253,7 +257,10 @@ def _objective(field: str, name: str) -> Resource:
         value = getattr(case.objectives, field) * factor
         return case._replace(objectives=msgspec.structs.replace(case.objectives, **{field: value}))
 
-    return Resource(name, scaled, lambda case: f"{1e3 * getattr(case.objectives, field):.4g} ms")
+    def amount(case: Case) -> str:
+        return f"{1e3 * getattr(case.objectives, field):.4g} ms"
+
+    return Resource(name, scaled, amount, is_choice=True)
 
 
 def _pools(deployment: Deployment, side: str) -> tuple[Pool, ...]:

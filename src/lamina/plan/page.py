@@ -8,10 +8,10 @@ from lamina.plan.plots import PLOTS, svg
 from lamina.plan.report import Report, Row
 
 COLUMNS = (
-    "plan", "tokens/s", "simulated", "TTFT ms", "TBT ms", "batch", "$/h", "$/Mtoken", "limited by",
-    "link GB/s, needed of",
+    "plan", "tokens/s", "simulated", "TTFT ms", "TBT ms", "batch", "$/h", "$/Mtoken",
+    "link GB/s", "limited by",
 )  # fmt: skip
-"""Of the ranked table, here and in the terminal."""
+"""Of the ranked table; of the link what is needed and what there is."""
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
@@ -19,7 +19,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
 table { border-collapse: collapse; font-size: 13px; }
 th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: right;
          vertical-align: top; }
-th:nth-child(2), td:nth-child(2), td:nth-child(10), th:nth-child(10) { text-align: left; }
+th:nth-child(2), td:nth-child(2), td:nth-child(11), th:nth-child(11) { text-align: left; }
 .verdict { padding: .8rem 1rem; border-left: 4px solid #228833; background: #f3f8f3; }
 .verdict.no { border-color: #aa3333; background: #fbf4f4; }
 .warning { color: #8a4b00; }
@@ -31,7 +31,7 @@ def cells(row: Row) -> tuple[str, ...]:
     """A row of the table, in the order of `COLUMNS`."""
     link = "-"
     if row.needed_link_bytes_per_s is not None and row.link_bytes_per_s is not None:
-        link = f"{row.needed_link_bytes_per_s / 1e9:.2f} of {row.link_bytes_per_s / 1e9:.2f}"
+        link = f"{row.needed_link_bytes_per_s / 1e9:.1f}/{row.link_bytes_per_s / 1e9:.1f}"
     price, per_token = row.price_per_hour, row.price_per_million_tokens
     return (
         row.plan,
@@ -42,8 +42,8 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.batch:.0f}",
         "-" if price is None else f"{price:.2f}",
         "-" if per_token is None else f"{per_token:.2f}",
-        row.limit,
         link,
+        row.limit,
     )
 
 

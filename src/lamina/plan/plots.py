@@ -27,19 +27,23 @@ _MOST_LINES = 6
 
 def draw_cost(axes: Axes, report: Report) -> None:
     """Price against throughput, with the Pareto front."""
-    priced = [(r.price_per_hour, r) for r in report.rows if r.price_per_hour is not None]
+    priced = [
+        (number, row.price_per_hour, row)
+        for number, row in enumerate(report.rows, 1)
+        if row.price_per_hour is not None
+    ]
     if not priced and not report.front:
         _empty(axes, "no prices are known")
     for disaggregated, marker, label in (
         (False, "o", "together"), (True, "^", "attention disaggregated"),
     ):  # fmt: skip
-        rows = [(price, row) for price, row in priced if row.disaggregated == disaggregated]
+        rows = [(price, row) for _, price, row in priced if row.disaggregated == disaggregated]
         if rows:
             axes.plot(
                 [price for price, _ in rows], [row.tokens_per_s for _, row in rows], marker,
                 label=label,
             )  # fmt: skip
-    for number, (price, row) in enumerate(priced, 1):
+    for number, price, row in priced:
         axes.annotate(
             str(number), (price, row.tokens_per_s), xytext=(5, 4), textcoords="offset points"
         )
@@ -51,15 +55,15 @@ def draw_cost(axes: Axes, report: Report) -> None:
         )  # fmt: skip
     axes.set_xlabel("price, $/h")
     axes.set_ylabel("tokens/s")
-    axes.set_ylim(bottom=0)
+    axes.margins(0.08, 0.12)
     if priced or report.front:
-        axes.legend()
-    axes.set_title(f"{report.model}: cost and throughput (numbers: rows with a price)")
+        axes.legend(loc="lower right")
+    axes.set_title(f"{report.model}: cost and throughput (numbers: rows of the table)")
 
 
 def draw_bandwidth(axes: Axes, report: Report) -> None:
     """Bandwidth that disaggregated deployments need against their batch, and what there is."""
-    rows = [row for row in report.rows if row.needed_link][:_MOST_LINES]
+    rows = list({row.main: row for row in report.rows if row.needed_link}.values())[:_MOST_LINES]
     if not rows:
         _empty(axes, "no plan disaggregates attention from the model")
     for row in rows:
@@ -80,16 +84,18 @@ def draw_bandwidth(axes: Axes, report: Report) -> None:
 
 def draw_breakdown(axes: Axes, report: Report) -> None:
     """Where the time between two tokens goes."""
-    rows = report.rows[::-1]
+    rows = list(enumerate(report.rows, 1))[::-1]
     left = [0.0] * len(rows)
     for part, (label, color) in _PARTS.items():
-        widths = [1e3 * getattr(row.breakdown, part) for row in rows]
+        widths = [1e3 * getattr(row.breakdown, part) for _, row in rows]
         axes.barh(range(len(rows)), widths, left=left, label=label, color=color)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(rows)), [_short(row) for row in rows], fontsize="small")
+    axes.set_yticks(
+        range(len(rows)), [f"{number}  {_short(row)}" for number, row in rows], fontsize="small"
+    )
     axes.set_xlabel("ms per token")
     axes.legend(fontsize="small")
-    axes.set_title("Time between tokens")
+    axes.set_title("Time between tokens (numbers: rows of the table)")
 
 
 PLOTS: dict[str, Callable[[Axes, Report], None]] = {

@@ -43,8 +43,8 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
     """The best with it: beside others if that is better than `without`, else nothing but it. None:
     there is none."""
     front: tuple[Plan, ...]
-    """By rising price per hour, each with more throughput than all cheaper ones; empty if a price
-    is not known."""
+    """By rising price per hour, each with more throughput than all cheaper ones; of devices whose
+    price is known."""
     num_estimated: int
     num_left_out: int
     """Deployments that were not estimated because there are too many."""
@@ -197,9 +197,7 @@ class _Chooser:
         self._counts = counts
         self._rank = rank
         self._budget = math.inf if budget is None else budget
-        prices = [pool.device.price_per_hour for pool in inventory.pools]
-        self._prices = [p for p in prices if p is not None]
-        self._all_priced = len(self._prices) == len(prices)
+        self._prices = [pool.device.price_per_hour for pool in inventory.pools]
 
     def price(self, usage: Usage) -> float:
         """US dollars per hour; infinite if not known."""
@@ -265,8 +263,6 @@ class _Chooser:
         return kept + [p for p in ranked[most:] if p in always]
 
     def front(self, fleets: Fleets) -> list[Plan]:
-        if not self._all_priced or not any(self._prices):
-            return []
         usages = fleets.front(self._prices)
         return [plan_of(chosen) for usage in usages if (chosen := fleets.at(usage))]
 
