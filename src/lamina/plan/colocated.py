@@ -13,6 +13,9 @@ from lamina.plan.step import StepLoad, StepTimes, round_s
 from lamina.types import LOCAL
 
 
+_DESCENT = 0.93
+
+
 class Breakdown(NamedTuple):
     """Of the mean time between tokens, in seconds."""
 
@@ -83,13 +86,19 @@ class Colocated:
         self._points: dict[int, Point] = {}
 
     def best_batch(self, most: int) -> int:
-        """The batch up to `most` with the most throughput. That is the largest, or the largest that
-        does not yet spill over to slower attention workers."""
+        """The batch up to `most` with the most throughput. That is not always the largest: decode
+        rows can leave little of a step to prompts, and more sequences can spill over to slower
+        attention workers."""
         batches = {most}
         for level in {self._capacity[e] / w for e, w in self._weights.items()}:
             tokens = sum(min(c, level * self._weights[e]) for e, c in self._capacity.items())
             batches.add(max(1, min(most, int(tokens / self._held / self._depth))))
-        return max(sorted(batches), key=lambda b: self.point(b).requests_per_s)
+        best = max(sorted(batches), key=lambda b: self.point(b).requests_per_s)
+        while (less := int(best * _DESCENT)) >= 1 and (
+            self.point(less).requests_per_s > self.point(best).requests_per_s
+        ):
+            best = less
+        return best
 
     def times(self, batch: int) -> tuple[float, float]:
         """MTIME and ATIME of a step of one micro-batch that carries no prompt."""

@@ -18,6 +18,7 @@ from lamina.plan.estimate import Estimate, Estimator, Misfit, Objectives
 MORE = 1.25
 _MOST_MORE = 16.0
 _LEAST_GAIN = 0.005
+_CHOICE_GAIN = 0.05
 
 MODEL, ATTENTION, ALL = "model", "attention", "all"
 """Sides of a deployment. Prefill instances are the model side, the decode instance the attention
@@ -66,8 +67,8 @@ class BreakEven(msgspec.Struct, frozen=True, kw_only=True):
 
 def binding(estimator: Estimator, estimate: Estimate) -> Limit:
     """The resource of which a quarter more gives the most; of twice as much, where whole sequences
-    leave a quarter without effect. What was set by choice comes before devices if it gives at least
-    half as much."""
+    leave a quarter without effect. What the user sets comes before devices, if a quarter more of it
+    gives a twentieth."""
     case = Case(estimate.deployment, estimator.settings, estimator.objectives)
     for factor in (MORE, 2.0):
         limits = []
@@ -76,7 +77,7 @@ def binding(estimator: Estimator, estimate: Estimate) -> Limit:
             gain = (reached / estimate.tokens_per_s - 1) * (MORE - 1) / (factor - 1)
             limits.append((resource, Limit(name=resource.name, gain=gain)))
         best = max((limit for _, limit in limits), key=lambda limit: limit.gain)
-        chosen = [limit for r, limit in limits if r.is_choice and limit.gain >= best.gain / 2]
+        chosen = [limit for r, limit in limits if r.is_choice and limit.gain >= _CHOICE_GAIN]
         best = max(chosen, key=lambda limit: limit.gain, default=best)
         if best.gain >= _LEAST_GAIN:
             return best
