@@ -12,7 +12,6 @@ from lamina.plan.demand import Demand
 from lamina.plan.step import StepLoad, StepTimes, round_s
 from lamina.types import LOCAL
 
-
 _DESCENT = 0.93
 
 

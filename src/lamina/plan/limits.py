@@ -64,6 +64,11 @@ class BreakEven(msgspec.Struct, frozen=True, kw_only=True):
     have: str
     need: str
 
+    @property
+    def more(self) -> str:
+        """The change in words."""
+        return f"{self.factor - 1:.0%} more" if self.factor < 2 else f"{self.factor:.2g} times"
+
 
 def binding(estimator: Estimator, estimate: Estimate) -> Limit:
     """The resource of which a quarter more gives the most; of twice as much, where whole sequences

@@ -185,7 +185,7 @@ def _verdict(
     if gain >= LEAST_GAIN:
         return True, (
             f"{_verb(disaggregated)}: {gain:+.0%} {_what(rank)}. {compared}. "
-            f"What limits the latter is {binding(estimator, without.main)}."
+            f"What limits the latter is {binding(estimator, without.main)}.{_link(disaggregated)}"
         )
     if gain > 0:
         return False, (
@@ -217,7 +217,17 @@ def _deciding(plan: Plan, estimator: Estimator, missing: float) -> str:
         )
     return (
         f"What decides is {turned.name}: it would take {turned.need} instead of {turned.have} "
-        f"({turned.factor:.2g} times)."
+        f"({turned.more})."
+    )
+
+
+def _link(plan: Plan) -> str:
+    main = plan.main
+    if main.needed_link_bytes_per_s is None or main.link_bytes_per_s is None:
+        return ""
+    return (
+        f" The link between the sides must give {main.needed_link_bytes_per_s / 1e9:.1f} GB/s; "
+        f"there are {main.link_bytes_per_s / 1e9:.1f}."
     )
 
 

@@ -49,7 +49,7 @@ def make(
 
 
 def test_the_papers_equal_cost_comparison_says_disaggregate() -> None:
-    made = make("LLaMA-65B", "2 x H100, 4 x H20", LONG, decode_only=True)
+    made = make("LLaMA3-70B", "2 x H100, 4 x H20", LONG, decode_only=True)
     assert made.pays
     assert made.rows[0].plan == "dop:2xH100/4xH20,depth=2"
     assert made.verdict.startswith("Disaggregate attention: +")
@@ -58,7 +58,7 @@ def test_the_papers_equal_cost_comparison_says_disaggregate() -> None:
 
 
 def test_on_a_slow_network_the_network_decides() -> None:
-    made = make("LLaMA-65B", "2 x H100, 4 x H20, 1 GbE", LONG, decode_only=True)
+    made = make("LLaMA3-70B", "2 x H100, 4 x H20, 1 GbE", LONG, decode_only=True)
     assert not made.pays
     assert made.verdict.startswith("Do not disaggregate attention: -")
     found = re.search(
@@ -69,7 +69,7 @@ def test_on_a_slow_network_the_network_decides() -> None:
     # The number is right: with it, disaggregation is as good; with a tenth more it is better.
     enough = float(found[1]) * 1.2
     assert (
-        make("LLaMA-65B", f"2 x H100, 4 x H20, {enough:.2f} Gbps", LONG, decode_only=True)
+        make("LLaMA3-70B", f"2 x H100, 4 x H20, {enough:.2f} Gbps", LONG, decode_only=True)
         .rows[0]
         .disaggregated
     )
@@ -129,7 +129,7 @@ def test_simulations_stand_beside_estimates_and_decide() -> None:
 
 
 def test_load_and_slowness_are_said() -> None:
-    made = make("Llama-2-7B", "1 x 2x EPYC 9654")
+    made = make("Llama-2-7B", "1 x 2x EPYC 9654", CHAT.replace("rate=1", "rate=50"))
     assert any("it cannot keep up" in note for note in made.notes)
     assert any("without an objective" in warning for warning in made.warnings)
 
