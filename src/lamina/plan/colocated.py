@@ -82,6 +82,8 @@ class Colocated:
         self.most_batch = int(min(batch / depth, rows))
         """Decode rows of a micro-batch; 0: there is no room."""
         self._held = held
+        self._crowded = max(1.0, rows / 2) if not settings.decode_only else self.most_batch
+        """Decode rows above which prompts may find too little room in a step."""
         self._points: dict[int, Point] = {}
 
     def best_batch(self, most: int) -> int:
@@ -93,7 +95,7 @@ class Colocated:
             tokens = sum(min(c, level * self._weights[e]) for e, c in self._capacity.items())
             batches.add(max(1, min(most, int(tokens / self._held / self._depth))))
         best = max(sorted(batches), key=lambda b: self.point(b).requests_per_s)
-        while (less := int(best * _DESCENT)) >= 1 and (
+        while (less := int(best * _DESCENT)) > self._crowded and (
             self.point(less).requests_per_s > self.point(best).requests_per_s
         ):
             best = less

@@ -25,10 +25,10 @@ from lamina.plan.model import ModelCost
 
 Rank = Literal["throughput", "cost"]
 
-MOST_ESTIMATES = 2000
+MOST_ESTIMATES = 1000
 """Model-attention disaggregated deployments that are estimated at most."""
-_COMPARED = 200
-_DEEPENED = 100
+_COMPARED = 150
+_DEEPENED = 80
 
 
 class Search(msgspec.Struct, frozen=True, kw_only=True):
