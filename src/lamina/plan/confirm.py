@@ -97,15 +97,20 @@ class Simulations:
         steady, tbt = result.saturated, result.tbt_s
         if steady is None or tbt is None:
             return None
+        tokens_per_s = steady.tokens_per_s
+        is_separate = isinstance(estimate.deployment, PrefillDecode)
+        if is_separate and steady.seconds < result.duration_s / 2:
+            # Requests wait for their prompts and for the link, not for the decode instance.
+            tokens_per_s = result.tokens_per_s
         ttft_s = None
         if result.ttft_s and result.queue_s:
             ttft_s = result.ttft_s.mean - result.queue_s.mean
         return Simulated(
-            tokens_per_s=steady.tokens_per_s,
+            tokens_per_s=tokens_per_s,
             batch=steady.mean_batch,
             tbt_s=tbt.mean,
             tbt_p99_s=tbt.p99,
-            ttft_s=None if isinstance(estimate.deployment, PrefillDecode) else ttft_s,
+            ttft_s=None if is_separate else ttft_s,
             num_requests=result.num_requests,
         )
 

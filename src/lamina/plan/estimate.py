@@ -69,7 +69,7 @@ class Misfit(msgspec.Struct, frozen=True, kw_only=True):
     """Why a deployment is none."""
 
     deployment: Deployment
-    kind: Literal["memory", "objective"]
+    kind: Literal["memory", "objective", "policy"]
     reason: str
     best_tbt_s: float | None = None
     """The least that it reaches, with one sequence per micro-batch."""
@@ -136,6 +136,12 @@ class Estimator:
         if self.objectives.given:
             most = last_true(lambda b: self._meets(side.point(b)), 1, most)
         batch = side.best_batch(most)
+        if isinstance(side, Separate) and side.may_offload and side.offloaded(batch) < 0.5:
+            return Misfit(
+                deployment=deployment,
+                kind="policy",
+                reason=f"{deployment} would offload nothing: the policy's bound is too low",
+            )
         return self._estimate(deployment, side, batch)
 
     def needed_link(self, deployment: Deployment) -> list[tuple[int, float]]:

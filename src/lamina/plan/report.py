@@ -189,9 +189,8 @@ def _verdict(
         )
     if gain > 0:
         return False, (
-            f"Do not disaggregate attention: {gain:+.1%} {_what(rank)} is within the error of the "
-            f"estimate. {compared}. "
-            f"{_deciding(disaggregated, estimator, (1 + LEAST_GAIN) / (1 + gain))}"
+            f"Do not disaggregate attention: {gain:+.1%} {_what(rank)} is too little to count on. "
+            f"{compared}. What holds the former back is {binding(estimator, disaggregated.main)}."
         )
     return False, (
         f"Do not disaggregate attention: {gain:+.0%} {_what(rank)} at best. {compared}. "

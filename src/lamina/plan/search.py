@@ -25,7 +25,7 @@ from lamina.plan.model import ModelCost
 
 Rank = Literal["throughput", "cost"]
 
-MOST_ESTIMATES = 1000
+MOST_ESTIMATES = 2000
 """Model-attention disaggregated deployments that are estimated at most."""
 _COMPARED = 150
 _DEEPENED = 80
@@ -332,7 +332,7 @@ def _nothing(
             f"{model.name} fits nowhere in {inventory}: its weights have {weights:.1f} GB, equal "
             f"devices together can use {usable:.1f} GB at most; {remedy}, or a smaller model"
         )
-    first = misfits[-1]
+    first = next(m for m in misfits if m.kind == "memory")
     return CapacityError(
         f"{model.name} fits ({weights:.1f} GB), but its KV does not: {first.reason}; use more "
         "memory, or leave out the longest requests"

@@ -74,11 +74,20 @@ class Separate:
             low, high = (low, middle) if self._decoded_per_s(middle) >= target else (middle, high)
         return high
 
+    @property
+    def may_offload(self) -> bool:
+        """Whether there are executors beside the prefill instances."""
+        return bool(self._executors)
+
+    def offloaded(self, batch: int) -> float:
+        """Sequences of a batch whose attention runs there."""
+        return self._split(batch)[1]
+
     def needed_link(self, batch: int) -> float:
         """Bytes per second of each prefill instance's link: KV, and what offloaded rows send."""
         point = self.point(batch)
         kv = point.requests_per_s * self._kv_bytes
-        offloaded = self._split(batch)[1]
+        offloaded = self.offloaded(batch)
         hops = offloaded * self._model.hop_bytes_per_row / point.tbt_s
         return (kv + hops) / self._num_prefill
 
