@@ -212,7 +212,7 @@ def _deciding(plan: Plan, estimator: Estimator, missing: float) -> str:
     if turned is None:
         return (
             f"What holds it back is {limit}; no single resource would turn this, not even sixteen "
-            "times as much of it."
+            f"times as much of it.{_link(plan)}"
         )
     return (
         f"What decides is {turned.name}: it would take {turned.need} instead of {turned.have} "
