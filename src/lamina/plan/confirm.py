@@ -99,7 +99,7 @@ class Simulations:
             return None
         tokens_per_s = steady.tokens_per_s
         is_separate = isinstance(estimate.deployment, PrefillDecode)
-        if is_separate and steady.seconds < result.duration_s / 2:
+        if is_separate and steady.seconds < result.duration_s / 4:
             # Requests wait for their prompts and for the link, not for the decode instance.
             tokens_per_s = result.tokens_per_s
         ttft_s = None
