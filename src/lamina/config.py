@@ -131,7 +131,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_model_len: int | None = None
     """None: the model's own limit, or what the page budget can hold if that is less."""
     max_num_seqs: int = 64
-    """Most sequences in one step."""
+    """Most sequences that run at once, over all micro-batches."""
     max_num_batched_tokens: int = 512
     """Most rows in one step; longer prompts are computed in chunks."""
     max_num_waiting: int = 1024
@@ -146,7 +146,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     attention_weights: tuple[float, ...] | None = None
     """Share of the work of each attention worker, as ratios. None: as fast as each turns out."""
     pipeline_depth: int | None = None
-    """Micro-batches in flight. None: chosen from measured times, and again while running."""
+    """Micro-batches in flight. None: chosen from measured times, and again while running; up to
+    one more than replicas (one alone with local attention and one replica)."""
     model_replicas: int = 1
     """Copies of the model that the slices of a micro-batch rotate over, each in its own process."""
     tensor_parallel_size: int = 1
@@ -160,21 +161,22 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How long a wait for a message looks and yields its core before it sleeps. Longer costs
     processor time while nothing is in flight, shorter costs wake-ups."""
     attention_memory_bytes: int | None = None
-    """KV memory of each attention worker (or of the local executor with attention=local).
+    """KV memory of each attention worker (or of all model workers with attention=local).
     None: enough for `max_num_seqs` sequences of the model's length, at most a quarter of RAM."""
     attention_memory_fraction: float | None = None
     """Instead of `attention_memory_bytes`: the share of the machine's memory that all attention
     workers on it have together."""
     local_memory_bytes: int | None = None
-    """KV memory of the local executor for prompts in progress. None: one full-length prompt."""
+    """KV memory of all model workers for prompts in progress. None: one full-length prompt."""
     early_q: bool = True
     """Send q before k and v are computed."""
     num_threads: int | None = None
-    """Threads of the model worker. None: shared out with the attention workers."""
+    """Threads of each model worker. None: an equal part of the cores."""
     worker_num_threads: int | None = None
-    """Threads of each attention worker."""
+    """Threads of each attention worker. None: an equal part of the cores."""
     model_cores: tuple[int, ...] = ()
-    """Cores that the model worker is kept to, one per thread while there are enough; empty: any."""
+    """Cores that the model workers are kept to, one per thread while there are enough; empty:
+    any."""
     worker_cores: tuple[int, ...] = ()
     """Cores for the attention workers, dealt out in order, `worker_num_threads` each while there
     are enough; empty: all that this process may use."""
@@ -198,12 +200,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "pipeline_depth",
             f"between 1 and {MAX_PIPELINE_DEPTH}",
         )
-        need(self.model_replicas >= 1, "model_replicas", "at least 1")
+        need(
+            1 <= self.model_replicas <= MAX_PIPELINE_DEPTH,
+            "model_replicas",
+            f"between 1 and {MAX_PIPELINE_DEPTH}",
+        )
         need(self.tensor_parallel_size >= 1, "tensor_parallel_size", "at least 1")
         if self.pipeline_depth is not None and self.pipeline_depth < self.model_replicas:
             raise ConfigError(
                 f"pipeline_depth ({self.pipeline_depth}) must be at least model_replicas "
                 f"({self.model_replicas}): a replica without a micro-batch has nothing to do"
+            )
+        if self.pipeline_depth is not None and self.pipeline_depth > self.max_num_seqs:
+            raise ConfigError(
+                f"pipeline_depth ({self.pipeline_depth}) must be at most max_num_seqs "
+                f"({self.max_num_seqs}): a micro-batch without a sequence has nothing to do"
             )
         weights = self.attention_weights
         if weights is not None:

@@ -1,14 +1,13 @@
-"""Executors that are plain page allocators and check the plans that they follow."""
+"""Executors that only keep books, and check the plans that they follow."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lamina.kv.pages import PageAllocator
 from lamina.sched.batcher import Batcher
 from lamina.sched.budget import PageBudget
 from lamina.sched.placement import Mode, Placer
-from lamina.types import LOCAL, EngineRequest, SamplingParams, StepPlan
+from lamina.types import LOCAL, EngineRequest, SamplingParams, StepPlan, ceil_div
 
 PAGE = 4
 UNITS = 2
@@ -50,22 +49,19 @@ def make_request(name: str, num_prompt: int, **sampling: object) -> EngineReques
 
 
 class LaneExecutors:
-    """Every executor's allocators, told of the plans in the order in which they were made.
-
-    A lane is what an allocator calls a sequence.
-    """
+    """What every executor would hold, told of the plans in the order in which they were made."""
 
     def __init__(self, batcher: Batcher) -> None:
-        self._budget = budget = batcher.budget
-        self.allocators = {
-            e: PageAllocator(pages, budget.page_tokens)
-            for e, pages in budget.capacity_pages.items()
+        self._budget = batcher.budget
+        # Tokens of each lane, (sequence, first unit), of each executor.
+        self._lengths: dict[int, dict[tuple[int, int], int]] = {
+            e: {} for e in batcher.budget.capacity_pages
         }
         self._in_flight: dict[int, StepPlan] = {}
 
     def follow(self, plan: StepPlan) -> None:
         """Do what executors do when a plan arrives; steps in flight must not notice."""
-        for executor, allocator in self.allocators.items():
+        for executor, lengths in self._lengths.items():
             part = plan.for_executor(executor)
             busy = {
                 span.sequence
@@ -75,18 +71,20 @@ class LaneExecutors:
             }
             touched = set(part.releases) | {span.sequence for span in part.spans}
             assert not touched & busy, "pages of a sequence in flight are touched"
-            for lane in allocator.sequences:
-                if lane // UNITS in part.releases:
-                    allocator.release(lane)
+            for lane in [lane for lane in lengths if lane[0] in part.releases]:
+                del lengths[lane]
             for span in part.spans:
-                step = self._budget.page_units[executor]
-                for unit in range(span.unit_start, span.unit_stop, step):
-                    lane = span.sequence * UNITS + unit
-                    assert allocator.length(lane) >= span.context_tokens, (
+                for unit in range(
+                    span.unit_start, span.unit_stop, self._budget.page_units[executor]
+                ):
+                    lane = span.sequence, unit
+                    assert lengths.get(lane, 0) >= span.context_tokens, (
                         "rows must follow what the executor holds"
                     )
-                    allocator.resize(lane, span.context_tokens)
-                    allocator.resize(lane, span.context_tokens + span.num_stored)
+                    lengths[lane] = span.context_tokens + span.num_stored
+            assert self.num_used(executor) <= self._budget.capacity_pages[executor], (
+                f"executor {executor} has no page left"
+            )
         if plan.spans:
             self._in_flight[plan.micro_batch] = plan
 
@@ -94,10 +92,21 @@ class LaneExecutors:
         """The plan's step is through."""
         self._in_flight.pop(plan.micro_batch, None)
 
+    def num_used(self, executor: int) -> int:
+        """Pages that the executor has handed out."""
+        return sum(self.held(executor, s) for s in {s for s, _ in self._lengths[executor]})
+
     def held(self, executor: int, sequence: int) -> int:
         """Pages that the executor has for a sequence."""
-        allocator = self.allocators[executor]
-        return sum(len(allocator.pages(sequence * UNITS + unit)) for unit in range(UNITS))
+        return sum(
+            ceil_div(length, PAGE)
+            for (s, _), length in self._lengths[executor].items()
+            if s == sequence
+        )
 
-    def num_used(self) -> int:
-        return sum(allocator.num_used for allocator in self.allocators.values())
+    def sequences(self, executor: int) -> set[int]:
+        return {s for s, _ in self._lengths[executor]}
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(self._lengths.values())

@@ -16,6 +16,7 @@ import msgspec
 
 from lamina.attention.spec import AttentionSpec
 from lamina.errors import ConfigError
+from lamina.sched.placement import Mode
 
 
 def head_units(specs: Sequence[AttentionSpec]) -> int:
@@ -24,52 +25,79 @@ def head_units(specs: Sequence[AttentionSpec]) -> int:
 
 
 class Partition(msgspec.Struct, frozen=True, kw_only=True):
-    """Shares of all remote attention workers, in the order of their executor ids."""
+    """How the remote attention workers share the model's attention; `sched.placement` places by
+    it."""
 
-    mode: Literal["heads", "requests"]
-    """heads: each worker has its heads of every sequence; requests: all heads of some sequences."""
+    mode: Mode
+    """heads: each worker has some heads of every sequence; requests: all heads of some sequences;
+    tokens: all heads of some tokens of every sequence."""
     units: int
     """Head units of the model."""
-    ranges: tuple[tuple[int, int], ...]
-    """Per worker its head units [start, stop); with requests every worker has all of them."""
+    page_units: int
+    """Head units of a page of a worker: 1 where heads are shared out."""
+    spill: bool
+    """Sequences that are too long for `mode` are shared by tokens."""
 
 
 def make_partition(
     specs: Sequence[AttentionSpec],
     num_workers: int,
-    mode: Literal["auto", "heads", "requests"],
+    mode: Literal["auto", "heads", "requests", "tokens"],
     max_num_seqs: int,
+    tensor_parallel_size: int = 1,
 ) -> Partition:
-    """Share the model's attention out over `num_workers` >= 1 workers.
+    """Decide how `num_workers` >= 1 workers share the model's attention.
 
-    auto is heads where the KV heads divide evenly, else requests.
+    auto is heads where every worker can have some, else requests; sequences that are too long for
+    that are shared by tokens.
+
+    Args:
+        tensor_parallel_size: ranks among which the head units are divided; no page has heads of
+        two.
 
     Raises:
-        ConfigError: the KV heads do not divide (mode heads), or there are more workers than
-            sequences in a step (mode requests), so that some would never have work.
+        ConfigError: the units do not divide among the ranks; there are fewer units than workers
+            (mode heads), or more workers than sequences in a step (mode requests), so that some
+            would never have work.
     """
     assert num_workers >= 1, "remote attention has at least one worker"
     units = head_units(specs)
-    divides = units % num_workers == 0
-    if mode == "heads" and not divides:
-        possible = [n for n in range(1, units + 1) if units % n == 0]
+    rank_units = units_per_rank(specs, tensor_parallel_size)
+    is_auto = mode == "auto"
+    if mode == "auto":
+        mode = "heads" if units >= num_workers else "requests"
+    if mode == "heads" and units < num_workers:
         kv_heads = ", ".join(str(n) for n in sorted({spec.num_kv_heads for spec in specs}))
         raise ConfigError(
-            f"attention_partition=heads cannot share {kv_heads} KV heads evenly over {num_workers} "
-            f"attention workers; use {' or '.join(map(str, possible))} of them, "
-            "or attention_partition=requests"
+            f"attention_partition=heads cannot share {kv_heads} KV heads over {num_workers} "
+            f"attention workers; use at most {units} of them, or attention_partition=requests or "
+            "tokens"
         )
-    if mode == "heads" or (mode == "auto" and divides):
-        size = units // num_workers
-        ranges = tuple((i * size, (i + 1) * size) for i in range(num_workers))
-        return Partition(mode="heads", units=units, ranges=ranges)
-    if num_workers > max_num_seqs:
+    if mode == "requests" and num_workers > max_num_seqs:
         raise ConfigError(
             f"attention_workers={num_workers} is more than can be placed: with partition by "
             f"requests at most max_num_seqs ({max_num_seqs}) of them ever have work; "
             "start fewer workers or raise max_num_seqs"
         )
-    return Partition(mode="requests", units=units, ranges=((0, units),) * num_workers)
+    return Partition(
+        mode=mode,
+        units=units,
+        page_units=1 if mode == "heads" and num_workers > 1 else rank_units,
+        spill=is_auto and num_workers > 1,
+    )
+
+
+def units_per_rank(specs: Sequence[AttentionSpec], tensor_parallel_size: int) -> int:
+    """Head units of each tensor-parallel rank; ConfigError if they do not divide."""
+    units = head_units(specs)
+    if units % tensor_parallel_size:
+        possible = [n for n in range(1, units + 1) if units % n == 0]
+        kv_heads = ", ".join(str(n) for n in sorted({spec.num_kv_heads for spec in specs}))
+        raise ConfigError(
+            f"tensor_parallel_size={tensor_parallel_size} does not divide the model's {kv_heads} "
+            f"KV heads; use {' or '.join(map(str, possible))}"
+        )
+    return units // tensor_parallel_size
 
 
 def kv_head_range(

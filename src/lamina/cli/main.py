@@ -13,6 +13,7 @@ from lamina.cli.demo import demo
 from lamina.cli.generate import generate
 from lamina.cli.plan import plan
 from lamina.cli.serve import serve
+from lamina.cli.simulate import simulate
 from lamina.errors import LaminaError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app.command()(generate)
 app.command()(convert)
 app.command()(demo)
 app.command()(plan)
+app.command()(simulate)
 app.add_typer(bench_app, name="bench")
 
 

@@ -42,7 +42,7 @@ _OPTIONS: dict[str, tuple[Any, object]] = {
         int | None, None, "Most tokens of prompt and output together.", _ENGINE
     ),
     "max_num_seqs": _option(
-        int, _DEFAULT.max_num_seqs, "Most sequences in one step.", _ENGINE
+        int, _DEFAULT.max_num_seqs, "Most sequences that run at once.", _ENGINE
     ),
     "max_num_batched_tokens": _option(
         int, _DEFAULT.max_num_batched_tokens, "Most tokens in one step.", _ENGINE
@@ -51,9 +51,9 @@ _OPTIONS: dict[str, tuple[Any, object]] = {
         int, _DEFAULT.max_num_waiting, "Most waiting requests; more are refused.", _ENGINE
     ),
     "block_size": _option(int, _DEFAULT.block_size, "Tokens per KV page.", _ENGINE),
-    "num_threads": _option(int | None, None, "Threads of the model worker.", _ENGINE),
+    "num_threads": _option(int | None, None, "Threads of each model worker.", _ENGINE),
     "model_cores": _option(
-        str | None, None, "Cores of the model worker, such as 0-3; default: any.", _ENGINE
+        str | None, None, "Cores of the model workers, such as 0-3; default: any.", _ENGINE
     ),
     "pipeline_depth": _option(
         str, "auto", "Micro-batches in flight; auto: chosen from measured times.", _ENGINE
@@ -72,11 +72,13 @@ _OPTIONS: dict[str, tuple[Any, object]] = {
         "local: monolithic, attention in the model worker's own process.", _ATTENTION,
     ),
     "attention_workers": _option(
-        str, "1", "How many, or one device and KV memory each: cpu:8GiB,cpu:4GiB.", _ATTENTION
+        str, "1", "How many, or device, KV memory and threads of each: cpu:8GiB:4,cpu:4GiB.",
+        _ATTENTION,
     ),
     "attention_partition": _option(
         Literal["auto", "heads", "requests", "tokens"], "auto",
-        "What the workers share; auto: heads where there are enough, else requests.", _ATTENTION,
+        "What the workers share; auto: heads where there are enough, else requests; tokens for "
+        "sequences that are too long for that.", _ATTENTION,
     ),
     "attention_weights": _option(
         str | None, None,
@@ -101,7 +103,7 @@ _OPTIONS: dict[str, tuple[Any, object]] = {
         "as 0.5, for all of them together.", _ATTENTION,
     ),
     "local_memory": _option(
-        str | None, None, "KV memory of the model worker for prompts in progress.", _ATTENTION
+        str | None, None, "KV memory of the model workers for prompts in progress.", _ATTENTION
     ),
     "worker_num_threads": _option(
         int | None, None, "Threads of each attention worker.", _ATTENTION

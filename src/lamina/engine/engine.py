@@ -14,7 +14,6 @@ from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
 from lamina.engine.messages import EngineStats, ExecutorStats, ModelInfo
 from lamina.engine.sampler import Sampler, SamplerRow, prompt_logprobs
-from lamina.sched.admission import PageBudget
 from lamina.sched.batcher import Batcher
 from lamina.sched.sequence import Sequence
 from lamina.types import (
@@ -51,9 +50,12 @@ class Engine:
             model, fleet.ends, early_q=config.early_q, step_deadline_s=config.step_deadline_s
         )
         self._sampler = Sampler()
+        budget = deployment.page_budget()
         self._batcher = Batcher(
-            PageBudget(config.block_size, deployment.num_pages),
-            by_requests=deployment.by_requests,
+            budget,
+            deployment.placer(budget),
+            num_micro_batches=deployment.max_depth,
+            num_replicas=deployment.num_replicas,
             max_num_seqs=config.max_num_seqs,
             max_num_rows=config.max_num_batched_tokens,
             max_model_len=deployment.max_model_len,

@@ -18,7 +18,6 @@ from lamina.plan.deployment import PrefillDecode, parse_deployment
 from lamina.plan.hardware import load_devices
 from lamina.plan.model import load_model
 from lamina.plan.recorder import RequestTimes
-from lamina.plan.results import Result
 from lamina.plan.simulate import simulate
 from lamina.plan.synthetic import Lengths, synthetic
 from lamina.sched.offload import Bounds
@@ -26,15 +25,32 @@ from lamina.sched.offload import Bounds
 MODEL = "Llama-2-7B"
 DEPLOYMENT = "pd:1xA100 80GB/1xA100 80GB"
 RATIOS = (0.2, 0.4, 0.6, 0.7, 0.8, 1.0, 1.2)
-SATURATING_RATE = 6.0
 SETTINGS = Settings(dtype="fp16")
 
-SHAREGPT = (1260.0, 489.0)
-"""Mean prompt and output of the stand-in for ShareGPT."""
-OPENTHOUGHTS = (200.0, 1800.0)
-"""The same for OpenThoughts, assumed: short questions, answers that fill much of the
-models' context of 4096 tokens."""
-_SPREADS = (1.0, 0.8)
+
+class StandIn(msgspec.Struct, frozen=True, kw_only=True):
+    """Lengths of a dataset that is not at hand."""
+
+    name: str
+    prompt: Lengths
+    output: Lengths
+    saturating_rate: float
+    """Requests/s above what the deployment can serve."""
+
+
+SHAREGPT = StandIn(
+    name="ShareGPT (stand-in)",
+    prompt=Lengths(kind="lognormal", mean=1260.0, spread=0.5),
+    output=Lengths(kind="lognormal", mean=489.0, spread=0.8),
+    saturating_rate=6.0,
+)
+OPENTHOUGHTS = StandIn(
+    name="OpenThoughts (stand-in)",
+    prompt=Lengths(kind="lognormal", mean=200.0, spread=0.5),
+    output=Lengths(kind="lognormal", mean=1800.0, spread=0.5),
+    saturating_rate=2.5,
+)
+"""Assumed: short questions, answers that fill much of the models' context of 4096 tokens."""
 _MAX_TOKENS = 4096
 
 
@@ -108,14 +124,14 @@ class RatioSweep(msgspec.Struct, frozen=True, kw_only=True):
         return next(p for p in self.points if p.outcome.tokens_per_s >= 0.99 * highest)
 
 
-def stand_in(name: str, means: tuple[float, float], rate: float, num_requests: int) -> Workload:
-    """Requests of these mean lengths; a prompt or output that leaves the model's context is cut."""
+def stand_in(dataset: StandIn, rate: float, num_requests: int) -> Workload:
+    """Requests of these lengths; a prompt or output that leaves the model's context is cut."""
     drawn = synthetic(
         num_requests=num_requests,
         rate=rate,
-        prompt=Lengths(kind="lognormal", mean=means[0], spread=_SPREADS[0]),
-        output=Lengths(kind="lognormal", mean=means[1], spread=_SPREADS[1]),
-        name=name,
+        prompt=dataset.prompt,
+        output=dataset.output,
+        name=dataset.name,
     )
     return msgspec.structs.replace(
         drawn,
@@ -131,14 +147,14 @@ def stand_in(name: str, means: tuple[float, float], rate: float, num_requests: i
 
 
 def rate_sweep(
-    num_requests: int = 1500, progress: Callable[[str], None] | None = None
+    num_requests: int = 1000, progress: Callable[[str], None] | None = None
 ) -> list[RatePoint]:
     """With and without offloading over the figure's request rates."""
     points = []
     for paper in FIGURE:
         if progress is not None:
             progress(f"{paper.requests_per_s} requests/s")
-        workload = stand_in("ShareGPT (stand-in)", SHAREGPT, paper.requests_per_s, num_requests)
+        workload = stand_in(SHAREGPT, paper.requests_per_s, num_requests)
         points.append(
             RatePoint(
                 paper=paper,
@@ -150,24 +166,19 @@ def rate_sweep(
 
 
 def ratio_sweep(
-    name: str,
-    means: tuple[float, float],
-    *,
-    rate: float = SATURATING_RATE,
-    num_requests: int = 1500,
-    progress: Callable[[str], None] | None = None,
+    dataset: StandIn, num_requests: int = 500, progress: Callable[[str], None] | None = None
 ) -> RatioSweep:
     """Throughput at saturation over the bound on offloaded work."""
-    workload = stand_in(name, means, rate, num_requests)
+    workload = stand_in(dataset, dataset.saturating_rate, num_requests)
     points = []
     for ratio in RATIOS:
         if progress is not None:
-            progress(f"{name}, ratio {ratio}")
+            progress(f"{dataset.name}, ratio {ratio}")
         points.append(
             RatioPoint(ratio=ratio, outcome=_run(f"{DEPLOYMENT},offload={ratio}", workload))
         )
     return RatioSweep(
-        workload=name,
+        workload=dataset.name,
         bounds=policy_bounds(workload),
         without=_run(DEPLOYMENT, workload),
         points=tuple(points),
@@ -194,17 +205,13 @@ def _run(deployment: str, workload: Workload) -> Outcome:
     result = simulate(
         load_model(MODEL), parse_deployment(deployment, load_devices()), workload, SETTINGS
     )
-    return _outcome(result)
-
-
-def _outcome(result: Result) -> Outcome:
     assert result.ttft_s is not None, "requests were served"
     assert result.tbt_s is not None, "tokens came"
-    decode, prefill = result.pools
+    prefill, decode = result.pools
     return Outcome(
         ttft_s=result.ttft_s.mean,
         tpot_ms=1e3 * result.tbt_s.mean,
-        tokens_per_s=result.tokens_per_s,
+        tokens_per_s=result.tokens_per_s_while_arriving or result.tokens_per_s,
         mean_batch=result.mean_batch,
         offloaded_share=result.offloaded_share,
         prefill_bandwidth=prefill.bandwidth,

@@ -10,14 +10,14 @@ import msgspec
 
 from lamina.errors import CapacityError, ConfigError
 from lamina.plan.cost import Devices, Efficiency
-from lamina.plan.deployment import Disaggregated, Monolithic, Offload, Pool, PrefillDecode
+from lamina.plan.deployment import Disaggregated, Monolithic, Pool, PrefillDecode
 from lamina.plan.instance import Instance
 from lamina.plan.model import ModelCost
 from lamina.plan.offloading import OWN, OffloadPlacer
 from lamina.plan.profile import Profile
 from lamina.plan.recorder import RequestTimes
+from lamina.plan.steady import SteadyBatcher, WatchedPlacer
 from lamina.plan.step import StepCost
-from lamina.sched.batcher import Batcher
 from lamina.sched.budget import PageBudget
 from lamina.sched.offload import Bounds, Resources, compute_bound, memory_bound
 from lamina.sched.placement import Mode, Placer
@@ -32,7 +32,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     dtype: str = "bf16"
     """Of arithmetic; how many bytes weights and KV have is the model cost's business."""
-    max_num_seqs: int = 4096
+    max_num_seqs: int = 1024
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     """Tokens per KV page."""
@@ -44,6 +44,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     saturation."""
     tbt_objective_s: float | None = None
     """Of the offloading policy (B_TPOT); None: the batch that fits in the decode instance."""
+    step_by_step: bool = False
+    """Let the batcher plan every step, also where nothing is to decide: slower, the same result."""
     efficiency: Efficiency = Efficiency()
     profile: Profile | None = None
     transport: str | None = None
@@ -64,9 +66,11 @@ class Site(NamedTuple):
     """An instance and the pools that it runs on."""
 
     instance: Instance
-    model: Pool
-    model_role: str
-    attention: dict[int, Pool]
+    role: str
+    """Of the model's devices."""
+    model: int
+    """Their pool, as its place in `deployment.pools`."""
+    attention: dict[int, int]
     """The pool of each executor that is not on the model's devices."""
     weight_bytes: float
     """On the model's devices, all copies."""
@@ -105,12 +109,12 @@ class Builder:
         pages = self.pages(self.room_bytes(pool, pool.count))
         budget = PageBudget(self.settings.block_size, {LOCAL: pages}, {LOCAL: self.units})
         instance = self._instance(
-            Placer(budget, self.units, "requests"),
+            WatchedPlacer(budget, self.units, "requests"),
             budget,
             Devices(device=pool.device, count=pool.count),
             {},
         )
-        return Site(instance, pool, "model and attention", {}, self._weights())
+        return Site(instance, "model and attention", 0, {}, self._weights())
 
     def disaggregated(self, deployment: Disaggregated) -> Site:
         model, replicas = deployment.model, deployment.replicas
@@ -120,12 +124,13 @@ class Builder:
             local = self.pages(room * replicas)
         capacity, page_units = {LOCAL: local}, {LOCAL: self.units}
         executors: dict[int, Devices] = {}
-        pools: dict[int, Pool] = {}
+        pools: dict[int, int] = {}
         mode: Mode = deployment.partition
-        for pool, count in self._workers(deployment):
+        for index, count in self._workers(deployment):
             executor = len(executors) + 1
-            executors[executor] = Devices(device=pool.device, count=count)
-            pools[executor] = pool
+            device = deployment.attention[index].device
+            executors[executor] = Devices(device=device, count=count)
+            pools[executor] = 1 + index
             # One that is alone has all heads of everything, and pages of all heads.
             whole = mode == "requests" or self._are_one(deployment)
             page_units[executor] = self.units if whole else 1
@@ -134,7 +139,7 @@ class Builder:
         budget = PageBudget(self.settings.block_size, capacity, page_units)
         weights = {e: devices.bandwidth_bytes_per_s for e, devices in executors.items()}
         instance = self._instance(
-            Placer(budget, self.units, mode, weights=weights),
+            WatchedPlacer(budget, self.units, mode, weights=weights),
             budget,
             Devices(device=model.device, count=deployment.num_ranks),
             executors,
@@ -143,18 +148,18 @@ class Builder:
             early_q=deployment.early_q,
         )
         weight_bytes = self._weights() * replicas
-        return Site(instance, model, "model", pools, weight_bytes)
+        return Site(instance, "model", 0, pools, weight_bytes)
 
-    def prefill(
-        self, pool: Pool, offload: Offload | None, on_finish: Callable[[int, float], None]
-    ) -> Site:
-        """One prefill instance, of one device."""
-        devices = Devices(device=pool.device)
-        room = self.room_bytes(pool, 1)
+    def prefill(self, deployment: PrefillDecode, on_finish: Callable[[int, float], None]) -> Site:
+        """One prefill instance."""
+        pool, ranks, offload = deployment.prefill, deployment.prefill_ranks, deployment.offload
+        devices = Devices(device=pool.device, count=ranks)
+        room = self.room_bytes(pool, ranks)
         if offload is not None:
             room = self._working_bytes()
             devices = Devices(
                 device=pool.device,
+                count=ranks,
                 compute_share=1 - offload.compute_share,
                 bandwidth_share=1 - offload.bandwidth_share,
             )
@@ -162,14 +167,14 @@ class Builder:
             self.settings.block_size, {LOCAL: self.pages(room)}, {LOCAL: self.units}
         )
         instance = self._instance(
-            Placer(budget, self.units, "requests"),
+            WatchedPlacer(budget, self.units, "requests"),
             budget,
             devices,
             {},
             on_finish=on_finish,
             gives_tokens=False,
         )
-        return Site(instance, pool, "prefill", {}, self._weights())
+        return Site(instance, "prefill", 0, {}, self._weights())
 
     def decode(self, deployment: PrefillDecode) -> Site:
         """The decode instance, with an executor on each prefill instance if it may offload.
@@ -189,11 +194,11 @@ class Builder:
             Devices(device=pool.device, count=pool.count),
             executors,
             own_executor=OWN,
+            in_one_machine=deployment.in_one_machine,
             prompts_are_free=True,
         )
         placer.sequence_of = instance.batcher.sequence
-        attention = dict.fromkeys(executors, deployment.prefill)
-        return Site(instance, pool, "decode", attention, self._weights())
+        return Site(instance, "decode", 1, dict.fromkeys(executors, 0), self._weights())
 
     def offload_bounds(self, deployment: PrefillDecode) -> Bounds:
         """Of the offloading policy; 0 if nothing may be offloaded."""
@@ -227,14 +232,16 @@ class Builder:
             return {}
         devices = Devices(
             device=prefill.device,
+            count=deployment.prefill_ranks,
             compute_share=offload.compute_share,
             bandwidth_share=offload.bandwidth_share,
         )
-        return dict.fromkeys(range(OWN + 1, OWN + 1 + prefill.count), devices)
+        return dict.fromkeys(range(OWN + 1, OWN + 1 + deployment.num_prefill_instances), devices)
 
     def _executor_bytes(self, deployment: PrefillDecode) -> float:
         """Memory for KV of one executor beside a prefill instance."""
-        room = self.room_bytes(deployment.prefill, 1) - self._working_bytes()
+        room = self.room_bytes(deployment.prefill, deployment.prefill_ranks)
+        room -= self._working_bytes()
         if deployment.offload is not None and room <= 0:
             raise CapacityError(
                 f"a prefill instance on {deployment.prefill.device.name} has no memory left for an "
@@ -281,12 +288,12 @@ class Builder:
             deployment.partition == "heads" and len(pools) == 1 and self.units % pools[0].count == 0
         )
 
-    def _workers(self, deployment: Disaggregated) -> list[tuple[Pool, int]]:
-        """(pool, devices) of every executor."""
+    def _workers(self, deployment: Disaggregated) -> list[tuple[int, int]]:
+        """(attention pool, devices) of every executor."""
         pools = deployment.attention
         if self._are_one(deployment):
-            return [(pools[0], pools[0].count)]
-        return [(pool, 1) for pool in pools for _ in range(pool.count)]
+            return [(0, pools[0].count)]
+        return [(index, 1) for index, pool in enumerate(pools) for _ in range(pool.count)]
 
     def _cost(
         self,
@@ -295,6 +302,7 @@ class Builder:
         *,
         num_replicas: int = 1,
         early_q: bool = True,
+        in_one_machine: bool = False,
     ) -> StepCost:
         settings = self.settings
         return StepCost(
@@ -307,6 +315,7 @@ class Builder:
             early_q=early_q,
             profile=settings.profile,
             transport=settings.transport,
+            in_one_machine=in_one_machine,
         )
 
     def _instance(
@@ -319,6 +328,7 @@ class Builder:
         depth: int = 1,
         num_replicas: int = 1,
         early_q: bool = True,
+        in_one_machine: bool = False,
         own_executor: int = LOCAL,
         prompts_are_free: bool | None = None,
         on_finish: Callable[[int, float], None] | None = None,
@@ -326,7 +336,7 @@ class Builder:
     ) -> Instance:
         settings = self.settings
         free = settings.decode_only if prompts_are_free is None else prompts_are_free
-        batcher = Batcher(
+        batcher = SteadyBatcher(
             budget,
             placer,
             num_micro_batches=depth,
@@ -337,7 +347,13 @@ class Builder:
         )
         return Instance(
             batcher,
-            self._cost(devices, executors, num_replicas=num_replicas, early_q=early_q),
+            self._cost(
+                devices,
+                executors,
+                num_replicas=num_replicas,
+                early_q=early_q,
+                in_one_machine=in_one_machine,
+            ),
             requests=self.requests,
             num_requests=self.num_requests,
             num_replicas=num_replicas,
@@ -350,4 +366,5 @@ class Builder:
             },
             on_finish=on_finish,
             gives_tokens=gives_tokens,
+            step_by_step=settings.step_by_step,
         )

@@ -20,6 +20,8 @@ from lamina.errors import ConfigError
 from lamina.plan.hardware import Device, find_device
 from lamina.plan.names import find_by_name, normalise
 
+DEVICES_PER_MACHINE = 8
+
 
 class Pool(msgspec.Struct, frozen=True, kw_only=True):
     """Some equal devices."""
@@ -111,19 +113,41 @@ class Offload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PrefillDecode(msgspec.Struct, frozen=True, kw_only=True):
-    """Prefill instances of one device each, one decode instance."""
+    """Prefill instances and one decode instance."""
 
     prefill: Pool
+    """All ranks of all prefill instances."""
     decode: Pool
     """Ranks of the decode instance."""
+    prefill_ranks: int = 1
+    """Of each prefill instance."""
     offload: Offload | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefill_ranks < 1 or self.prefill.count % self.prefill_ranks:
+            raise ConfigError(
+                f"prefill_ranks ({self.prefill_ranks}) must divide the prefill devices "
+                f"({self.prefill.count})"
+            )
 
     @property
     def pools(self) -> tuple[Pool, ...]:
         return (self.prefill, self.decode)
 
+    @property
+    def in_one_machine(self) -> bool:
+        """Whether KV and rows move between chips: one kind of device, as few as a machine has."""
+        count = self.prefill.count + self.decode.count
+        return self.prefill.device == self.decode.device and count <= DEVICES_PER_MACHINE
+
+    @property
+    def num_prefill_instances(self) -> int:
+        return self.prefill.count // self.prefill_ranks
+
     def __str__(self) -> str:
         text = f"pd:{self.prefill}/{self.decode}"
+        if self.prefill_ranks > 1:
+            text += f",prefill_ranks={self.prefill_ranks}"
         if self.offload is None:
             return text
         ratio = self.offload.ratio
@@ -156,7 +180,7 @@ _EXAMPLE = "such as mono:4xH100, dop:2xH100/4xH20,depth=2 or pd:1xH100/1xH100,of
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "mono": (),
     "dop": ("depth", "replicas", "partition", "early_q"),
-    "pd": ("offload", "compute_share", "bandwidth_share"),
+    "pd": ("prefill_ranks", "offload", "compute_share", "bandwidth_share"),
 }
 
 
@@ -190,7 +214,11 @@ def parse_deployment(text: str, devices: Mapping[str, Device]) -> Deployment:
         return Monolithic(devices=sides[0][0])
     if kind == "dop":
         return _disaggregated(sides[0][0], sides[1], options)
-    return PrefillDecode(prefill=sides[0][0], decode=sides[1][0], offload=_offload(options))
+    ranks = _int(options, "prefill_ranks", 1)
+    options.pop("prefill_ranks", None)
+    return PrefillDecode(
+        prefill=sides[0][0], decode=sides[1][0], prefill_ranks=ranks, offload=_offload(options)
+    )
 
 
 def _disaggregated(model: Pool, attention: list[Pool], options: dict[str, str]) -> Disaggregated:

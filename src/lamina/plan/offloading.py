@@ -21,7 +21,9 @@ class OffloadPlacer(Placer):
     def __init__(self, budget: PageBudget, units: int, bounds: Bounds) -> None:
         super().__init__(budget, units, "requests")
         self.bounds = bounds
+        self.num_placed = 0
         self.num_offloaded = 0
+        """Of those placed; a sequence that was preempted is placed again."""
         self.sequence_of: Callable[[int], Sequence] | None = None
         """Set by who makes the batcher."""
         self._executors = tuple(e for e in sorted(budget.capacity_pages) if e not in (LOCAL, OWN))
@@ -51,6 +53,7 @@ class OffloadPlacer(Placer):
                     executor = best
         if not self._fits(executor, num_tokens, longest, keep_free):
             return None
+        self.num_placed += 1
         self.num_offloaded += executor != OWN
         return (Share(executor, 0, self.units),)
 

@@ -6,7 +6,7 @@ default `Efficiency`, requests are those of the traces, all there from the begin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -40,7 +40,7 @@ TRACES = {
     "Kimi-Conv": "kimi_conv.csv.gz",
 }
 STAND_IN = "Kimi-TA (stand-in)"
-SETTINGS = Settings(dtype="fp16", decode_only=True, at_once=True)
+SETTINGS = Settings(dtype="fp16", decode_only=True, at_once=True, max_num_seqs=4096)
 
 
 class Side(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,6 +140,11 @@ def cell(model_name: str, workload: Workload) -> Cell:
         baseline=baseline,
         lamina=lamina,
     )
+
+
+def mean_batch_ratio(cells: Sequence[Cell]) -> float:
+    """Over the cells, each counting the same."""
+    return sum(c.batch_ratio for c in cells) / len(cells)
 
 
 def longest_tokens(model: ModelCost, deployment: Deployment, settings: Settings) -> int:

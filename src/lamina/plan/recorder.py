@@ -17,9 +17,9 @@ class RequestTimes:
         self.start_s = array("d", nan)
         self.first_token_s = array("d", nan)
         self.num_tokens = 0
-        self.num_finished = 0
+        self.num_tokens_while_arriving = 0
         self.last_token_s = arrivals_s[0]
-        self.num_offloaded = 0
+        self._last_arrival_s = arrivals_s[-1]
         self._gaps: Counter[float] = Counter()
 
     def started(self, index: int, now_s: float) -> None:
@@ -36,6 +36,8 @@ class RequestTimes:
 
     def tokens(self, count: int, now_s: float) -> None:
         self.num_tokens += count
+        if now_s <= self._last_arrival_s:
+            self.num_tokens_while_arriving += count
         self.last_token_s = now_s
 
     def ttft_s(self) -> Percentiles | None:

@@ -83,6 +83,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int
     num_preemptions: int
     tokens_per_s: float
+    """Over the whole duration, the slow end included."""
+    tokens_per_s_while_arriving: float | None
+    """From the first arrival to the last; None if all arrive at once."""
     requests_per_s: float
     mean_batch: float
     """Running sequences, over time, of all micro-batches together."""

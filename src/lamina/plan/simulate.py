@@ -89,9 +89,12 @@ class _Simulation:
     def _check_longest(self, longest: int) -> None:
         limit = min(site.instance.batcher.max_model_len for site in self._sites) - 1
         if longest > limit:
+            where = ""
+            if isinstance(self._deployment, Disaggregated):
+                where = " (while its prompt is computed, the model workers hold its KV as well)"
             raise CapacityError(
-                f"{self._deployment} holds {limit} tokens of one sequence at most, the longest "
-                f"request has {longest}; leave out longer requests or use more memory"
+                f"{self._deployment} holds {limit} tokens of one sequence at most{where}, the "
+                f"longest request has {longest}; leave out longer requests or use more memory"
             )
 
     def run(self, progress: Callable[[float], None] | None) -> None:
@@ -134,9 +137,12 @@ class _Simulation:
         times, instance = self._times, self._site.instance
         duration_s = times.last_token_s - self._arrivals_s[0]
         rate = times.num_tokens / duration_s
+        arriving_s = self._arrivals_s[-1] - self._arrivals_s[0]
         price, power = price_per_hour(self._deployment), power_w(self._deployment)
         placer = instance.batcher.placer
-        offloaded = placer.num_offloaded if isinstance(placer, OffloadPlacer) else 0
+        offloaded = 0.0
+        if isinstance(placer, OffloadPlacer) and placer.num_placed:
+            offloaded = placer.num_offloaded / placer.num_placed
         return Result(
             deployment=str(self._deployment),
             model=self._model.name,
@@ -147,14 +153,17 @@ class _Simulation:
             num_steps=instance.num_steps,
             num_preemptions=instance.batcher.num_preemptions,
             tokens_per_s=rate,
+            tokens_per_s_while_arriving=(
+                times.num_tokens_while_arriving / arriving_s if arriving_s else None
+            ),
             requests_per_s=len(self._requests) / duration_s,
             mean_batch=instance.occupancy.mean_batch,
             saturated=instance.occupancy.saturated(),
             ttft_s=times.ttft_s(),
             tbt_s=times.tbt_s(),
             queue_s=times.queue_s(),
-            offloaded_share=offloaded / len(self._requests),
-            pools=pool_uses(self._sites, self._settings, duration_s),
+            offloaded_share=offloaded,
+            pools=pool_uses(self._deployment.pools, self._sites, self._settings, duration_s),
             price_per_hour=price,
             price_per_million_tokens=None if price is None else price / 3600 / rate * 1e6,
             energy_j_per_token=None if power is None else power / rate,

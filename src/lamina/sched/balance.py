@@ -29,8 +29,11 @@ def rebalance(
             sequence.micro_batch = min(targets, key=lambda m: (len(decoding[m]), m))
         if not sequence.prefilling:
             decoding[sequence.micro_batch].append(sequence)
+    sizes = [len(group) for group in decoding]
+    if max(sizes) - min(sizes) < 2:
+        return
     tokens = [sum(s.num_tokens for s in group) for group in decoding]
-    while depth > 1:
+    while True:
         most = max(range(depth), key=lambda m: (len(decoding[m]), tokens[m]))
         least = min(range(depth), key=lambda m: (len(decoding[m]), tokens[m]))
         if len(decoding[most]) - len(decoding[least]) < 2:
@@ -48,12 +51,13 @@ def rebalance(
 
 
 def best_for_newcomer(
-    running: Iterable[Sequence], depth: int, max_num_rows: int, *, asking: int
+    running: Iterable[Sequence], depth: int, num_rows: int, max_num_rows: int, *, asking: int
 ) -> int | None:
-    """The micro-batch where a prompt disturbs the fewest decode rows, then the fewest cached
-    tokens.
+    """The micro-batch where a prompt of `num_rows` rows disturbs the fewest decode rows; then one
+    whose next step can take it whole, then that with the fewest cached tokens.
 
     Args:
+        max_num_rows: most rows of one step.
         asking: is preferred among equals.
 
     Returns:
@@ -69,8 +73,9 @@ def best_for_newcomer(
         else:
             num_decoding[micro_batch] += 1
             tokens[micro_batch] += sequence.num_tokens
+    room = [max_num_rows - num_decoding[m] - prompt_rows[m] for m in range(depth)]
     return min(
-        (m for m in range(depth) if num_decoding[m] + prompt_rows[m] < max_num_rows),
-        key=lambda m: (num_decoding[m], tokens[m], m != asking, m),
+        (m for m in range(depth) if room[m] > 0),
+        key=lambda m: (num_decoding[m], room[m] < num_rows, tokens[m], m != asking, m),
         default=None,
     )

@@ -45,6 +45,9 @@ class Placer:
         self._budget = budget
         self._remote = tuple(sorted(e for e in budget.capacity_pages if e != LOCAL))
         self._spill = spill and bool(self._remote)
+        grains = {budget.page_units[e] for e in self._remote}
+        assert len(grains) <= 1, "remote executors have pages of one size"
+        self._grain = grains.pop() if grains else units
         self.local_share = Share(LOCAL, 0, units)
         """Where the rows of prompts in progress attend."""
         self.weights: dict[int, float] = dict.fromkeys(self._remote, 1.0)
@@ -94,19 +97,13 @@ class Placer:
         self, num_tokens: int, longest: int, room: Mapping[int, int]
     ) -> tuple[Share, ...] | None:
         """As many lanes for each worker as keep all loads closest to the weights."""
-        budget, page = self._budget, self._budget.page_tokens
-        grain = max(budget.page_units[e] for e in self._remote)
-        now, full = max(1, ceil_div(num_tokens, page)), ceil_div(longest, page)
+        budget, page, grain = self._budget, self._budget.page_tokens, self._grain
+        now, full = ceil_div(num_tokens, page), ceil_div(longest, page)
         counts = share_out(
             self.units // grain,
             {e: self._load(e) / (grain * now) for e in self._remote},
             self.weights,
-            {
-                e: min(room[e] // now, budget.capacity_pages[e] // full)
-                * budget.page_units[e]
-                // grain
-                for e in self._remote
-            },
+            {e: min(room[e] // now, budget.capacity_pages[e] // full) for e in self._remote},
         )
         if counts is None:
             return None
@@ -182,15 +179,13 @@ class Placer:
             pages = max(self._most_pages([e]) for e in self._remote)
         else:
             # The most pages p for which the workers' lanes of p pages cover all units.
-            grain = max(budget.page_units[e] for e in self._remote)
             low, high = 0, max(budget.capacity_pages[e] for e in self._remote)
             while low < high:
                 middle = (low + high + 1) // 2
-                lanes = sum(
-                    budget.capacity_pages[e] // middle * budget.page_units[e] // grain
-                    for e in self._remote
+                lanes = sum(budget.capacity_pages[e] // middle for e in self._remote)
+                low, high = (
+                    (middle, high) if lanes * self._grain >= self.units else (low, middle - 1)
                 )
-                low, high = (middle, high) if lanes * grain >= self.units else (low, middle - 1)
             pages = low
         return pages * budget.page_tokens
 

@@ -182,7 +182,7 @@ class ExecutorFleet:
                 name=self._names[executor],
                 address=self._control.address,
                 token=self._control.token.line,
-                num_threads=deployment.worker_num_threads,
+                num_threads=deployment.worker_num_threads[executor],
                 cores=deployment.worker_cores[executor],
                 startup_timeout_s=config.startup_timeout_s,
             )
@@ -190,7 +190,7 @@ class ExecutorFleet:
                 self._names[executor],
                 run_attention_worker,
                 (start,),
-                num_threads=deployment.worker_num_threads,
+                num_threads=deployment.worker_num_threads[executor],
                 on_exit=self._on_exit,
             )
         self._wait_for_joins(self._control, deadline)
@@ -225,8 +225,7 @@ class ExecutorFleet:
         config, model, deployment = self._config, self._model, self._deployment
         partition = deployment.partition
         assert partition is not None
-        start, stop = partition.ranges[executor - 1]
-        share = (start, stop, partition.units)
+        share = (0, partition.units, partition.units)
         specs = shard_specs(model.attention_specs, *share)
         dtype = str(model.dtype).removeprefix("torch.")
         name, secret = self._names[executor], secrets.token_bytes(32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,50 +43,54 @@ def test_head_units_divide_every_layer() -> None:
     units=st.integers(1, 6),
     factors=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     group_size=st.integers(1, 4),
-    num_workers=st.integers(1, 8),
-    mode=st.sampled_from(["auto", "heads", "requests"]),
+    data=st.data(),
 )
-def test_shares_cover_all_heads_once(
-    units: int, factors: list[int], group_size: int, num_workers: int, mode: str
+def test_ranges_of_units_cover_all_heads_once(
+    units: int, factors: list[int], group_size: int, data: st.DataObject
 ) -> None:
     specs = make_specs(*(units * factor for factor in factors), group_size=group_size)
-    if mode == "heads" and head_units(specs) % num_workers:
-        with pytest.raises(ConfigError, match="attention_partition=heads"):
-            make_partition(specs, num_workers, "heads", max_num_seqs=64)
-        return
-    partition = make_partition(specs, num_workers, mode, max_num_seqs=64)  # type: ignore[arg-type]
-    assert len(partition.ranges) == num_workers
-    if partition.mode == "requests":
-        assert set(partition.ranges) == {(0, partition.units)}
-        assert shard_specs(specs, 0, partition.units, partition.units) == specs
-        return
+    units = head_units(specs)
+    cuts = data.draw(st.sets(st.integers(1, max(1, units - 1))))
+    bounds = sorted({0, *(cut for cut in cuts if cut < units), units})
+    ranges = list(itertools.pairwise(bounds))
     for spec in specs:
-        kv = [kv_head_range(spec, *r, partition.units) for r in partition.ranges]
-        query = [query_head_range(spec, *r, partition.units) for r in partition.ranges]
+        kv = [kv_head_range(spec, *r, units) for r in ranges]
+        query = [query_head_range(spec, *r, units) for r in ranges]
         assert [h for r in kv for h in range(*r)] == list(range(spec.num_kv_heads))
         assert [h for r in query for h in range(*r)] == list(range(spec.num_query_heads))
-    for unit_start, unit_stop in partition.ranges:
+    for unit_start, unit_stop in ranges:
         for whole, shard in zip(
-            specs, shard_specs(specs, unit_start, unit_stop, partition.units), strict=True
+            specs, shard_specs(specs, unit_start, unit_stop, units), strict=True
         ):
-            kv_start, kv_stop = kv_head_range(whole, unit_start, unit_stop, partition.units)
+            kv_start, kv_stop = kv_head_range(whole, unit_start, unit_stop, units)
             assert shard.num_kv_heads == kv_stop - kv_start
             assert shard.group_size == whole.group_size
 
 
 def test_auto_prefers_heads_and_falls_back_to_requests() -> None:
     specs = make_specs(8, 4)
-    assert make_partition(specs, 2, "auto", 8).mode == "heads"
-    assert make_partition(specs, 2, "auto", 8).ranges == ((0, 2), (2, 4))
-    assert make_partition(specs, 3, "auto", 8).mode == "requests"
-    assert make_partition(specs, 4, "requests", 8).mode == "requests"
+    two = make_partition(specs, 2, "auto", 8)
+    assert (two.mode, two.units, two.page_units, two.spill) == ("heads", 4, 1, True)
+    assert make_partition(specs, 3, "auto", 8).mode == "heads", "2, 1 and 1 of 4 units"
+    five = make_partition(specs, 5, "auto", 8)
+    assert (five.mode, five.page_units) == ("requests", 4)
+    assert not make_partition(specs, 4, "requests", 8).spill
+    assert make_partition(specs, 5, "tokens", 1).mode == "tokens"
+    assert make_partition(specs, 1, "auto", 8).page_units == 4, "one worker has all heads"
 
 
-def test_heads_that_do_not_divide_are_refused_with_remedies() -> None:
+def test_no_page_has_heads_of_two_ranks() -> None:
+    assert make_partition(make_specs(8, 4), 1, "auto", 8, tensor_parallel_size=2).page_units == 2
+    assert make_partition(make_specs(8), 2, "tokens", 8, tensor_parallel_size=4).page_units == 2
+    with pytest.raises(ConfigError, match="does not divide the model's 4, 6 KV heads; use 1 or 2"):
+        make_partition(make_specs(4, 6), 1, "auto", 8, tensor_parallel_size=3)
+
+
+def test_more_workers_than_heads_are_refused_with_remedies() -> None:
     with pytest.raises(ConfigError) as error:
-        make_partition(make_specs(12, 8), 3, "heads", 64)
-    assert "cannot share 8, 12 KV heads evenly over 3 attention workers" in str(error.value)
-    assert "use 1 or 2 or 4 of them, or attention_partition=requests" in str(error.value)
+        make_partition(make_specs(12, 8), 5, "heads", 64)
+    assert "cannot share 8, 12 KV heads over 5 attention workers" in str(error.value)
+    assert "use at most 4 of them, or attention_partition=requests or tokens" in str(error.value)
 
 
 @pytest.mark.parametrize("mode", ["auto", "requests"])
