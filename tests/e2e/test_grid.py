@@ -16,7 +16,10 @@ def family_tokens(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], F
     return cache(lambda family: FamilyTokens(family, tmp_path_factory.mktemp(family)))
 
 
-@pytest.mark.parametrize("deployment", covering_set(full_grid()), ids=str)
+CASES = covering_set(full_grid(), cost=lambda deployment: deployment.num_processes)
+
+
+@pytest.mark.parametrize("deployment", CASES, ids=str)
 def test_tokens_are_those_of_transformers(
     deployment: Deployment, family_tokens: Callable[[str], FamilyTokens]
 ) -> None:

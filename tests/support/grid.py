@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations, product
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,6 +28,12 @@ class Deployment(NamedTuple):
             f"-tp{self.tensor_parallel_size}-w{self.num_workers}-{self.attention_partition}"
             f"-{'early' if self.early_q else 'late'}"
         )
+
+    @property
+    def num_processes(self) -> int:
+        """Besides the engine's own."""
+        num_ranks = self.model_replicas * self.tensor_parallel_size
+        return self.num_workers + (num_ranks if num_ranks > 1 else 0)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -63,16 +69,19 @@ def pairs(case: Sequence[Any]) -> set[tuple[int, Any, int, Any]]:
     return {(i, case[i], j, case[j]) for i, j in combinations(range(len(case)), 2)}
 
 
-def covering_set(cases: Sequence[_Case]) -> list[_Case]:
+def covering_set(
+    cases: Sequence[_Case], cost: Callable[[_Case], float] = lambda case: 0.0
+) -> list[_Case]:
     """Few of these cases that have every pair of values that occurs in any of them.
 
-    Greedy and without chance: always the first of the cases with most pairs that are still missing.
+    Greedy and without chance: always a case with most pairs that are still missing; of several the
+    cheapest, and of those the first.
     """
     missing = set().union(*(pairs(case) for case in cases))
     left = [(case, pairs(case)) for case in cases]
     chosen = []
     while missing:
-        case, covered = max(left, key=lambda item: len(item[1] & missing))
+        case, covered = max(left, key=lambda item: (len(item[1] & missing), -cost(item[0])))
         chosen.append(case)
         missing -= covered
     return chosen

@@ -11,6 +11,7 @@ from lamina.cli.bench import app as bench_app
 from lamina.cli.convert import convert
 from lamina.cli.demo import demo
 from lamina.cli.generate import generate
+from lamina.cli.plan import plan
 from lamina.cli.serve import serve
 from lamina.cli.simulate import simulate
 from lamina.errors import LaminaError
@@ -25,6 +26,7 @@ app.command()(serve)
 app.command()(generate)
 app.command()(convert)
 app.command()(demo)
+app.command()(plan)
 app.command()(simulate)
 app.add_typer(bench_app, name="bench")
 

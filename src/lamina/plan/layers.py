@@ -7,6 +7,9 @@ embeddings, activations and softmax are left out (well below 1 % of a real model
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import cached_property
+
 import msgspec
 
 
@@ -69,7 +72,7 @@ class LayerCost(msgspec.Struct, frozen=True, kw_only=True):
         return self.weight_params - untouched * self.params_per_expert
 
 
-class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
+class ModelCost(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A whole model."""
 
     name: str
@@ -90,17 +93,24 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_element: float = 2.0
     """Of activations, k and v."""
 
+    @cached_property
+    def _distinct(self) -> tuple[tuple[int, LayerCost], ...]:
+        """Equal layers counted: models have dozens of layers of one or two kinds."""
+        return tuple((count, layer) for layer, count in Counter(self.layers).items())
+
     @property
     def num_params(self) -> int:
         """Every parameter once."""
         head = 0 if self.tied else self.head_params
-        layers = sum(layer.weight_params for layer in self.layers)
+        layers = sum(n * layer.weight_params for n, layer in self._distinct)
         return layers + self.embedding_params + head + self.other_params
 
     @property
     def active_params_per_token(self) -> int:
         """Elements of all matrices that one row is multiplied with, the head's included."""
-        return sum(layer.active_params_per_token for layer in self.layers) + self.head_params
+        return (
+            sum(n * layer.active_params_per_token for n, layer in self._distinct) + self.head_params
+        )
 
     def weight_bytes(self, bytes_per_param: float | None = None) -> float:
         """Memory for the weights."""
@@ -113,7 +123,7 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
         Args:
             logit_rows: rows whose logits are needed (of a prompt at most the last); None: all.
         """
-        layers = sum(layer.active_params_per_token for layer in self.layers)
+        layers = sum(n * layer.active_params_per_token for n, layer in self._distinct)
         head = self.head_params * (rows if logit_rows is None else logit_rows)
         return 2.0 * (rows * layers + head)
 
@@ -121,9 +131,9 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
         """Bytes that the slices of a step move: weights (of experts, those expected to be
         touched) once, activations in and out of every matrix."""
         logits = rows if logit_rows is None else logit_rows
-        params = sum(layer.params_touched(rows) for layer in self.layers)
+        params = sum(n * layer.params_touched(rows) for n, layer in self._distinct)
         params += self.head_params + self.other_params
-        elements = rows * sum(layer.activations_per_token for layer in self.layers)
+        elements = rows * sum(n * layer.activations_per_token for n, layer in self._distinct)
         elements += logits * (self.hidden_size + self.vocab_size)
         looked_up = rows * self.hidden_size
         return (params + looked_up) * self.bytes_per_param + elements * self.bytes_per_element
@@ -135,21 +145,21 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
             context: tokens of the sequence up to and with the row.
         """
         return sum(
-            2.0 * layer.query_heads * (layer.head_dim_k + layer.head_dim_v)
+            2.0 * n * layer.query_heads * (layer.head_dim_k + layer.head_dim_v)
             * layer.attended(context)
-            for layer in self.layers
+            for n, layer in self._distinct
         )  # fmt: skip
 
     def attention_bytes(self, context: float) -> float:
         """Bytes of the cache that attention reads for one sequence in one step, all layers."""
         return self.bytes_per_element * sum(
-            layer.kv_elements_per_token * layer.attended(context) for layer in self.layers
+            n * layer.kv_elements_per_token * layer.attended(context) for n, layer in self._distinct
         )
 
     @property
     def kv_bytes_per_token(self) -> float:
         """Memory for k and v of one token, all layers."""
-        return self.bytes_per_element * sum(x.kv_elements_per_token for x in self.layers)
+        return self.bytes_per_element * sum(n * x.kv_elements_per_token for n, x in self._distinct)
 
     def kv_bytes(self, context: float) -> float:
         """Memory for k and v of one sequence of `context` tokens. Tokens that have left a layer's
@@ -159,7 +169,7 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def hop_bytes_per_row(self) -> float:
         """q, k, v and outputs of one row over all layers: what crosses to attention and back."""
-        return self.bytes_per_element * sum(x.hop_elements_per_row for x in self.layers)
+        return self.bytes_per_element * sum(n * x.hop_elements_per_row for n, x in self._distinct)
 
     def compressed(self) -> ModelCost:
         """The same with MLA's k and v kept compressed (the up-projections are applied to q and to

@@ -16,11 +16,17 @@ def test_the_grid_has_every_deployment_once() -> None:
 
 def test_every_pair_is_covered() -> None:
     grid = full_grid()
-    chosen = covering_set(grid)
+    chosen = covering_set(grid, cost=lambda deployment: deployment.num_processes)
     assert set().union(*map(pairs, chosen)) == set().union(*map(pairs, grid))
     assert set(chosen) <= set(grid)
     # Two parameters have four values each, so 16 is the least.
     assert 16 <= len(chosen) <= 24
+
+
+def test_of_equally_good_cases_the_cheapest_is_taken() -> None:
+    cases = list(product("ab", (1, 2)))
+    assert covering_set(cases, cost=lambda case: -case[1])[0] == ("a", 2)
+    assert covering_set(cases)[0] == ("a", 1)
 
 
 def test_it_is_the_same_each_time() -> None:
