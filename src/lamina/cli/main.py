@@ -12,6 +12,7 @@ from lamina.cli.convert import convert
 from lamina.cli.demo import demo
 from lamina.cli.generate import generate
 from lamina.cli.serve import serve
+from lamina.cli.simulate import simulate
 from lamina.errors import LaminaError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app.command()(serve)
 app.command()(generate)
 app.command()(convert)
 app.command()(demo)
+app.command()(simulate)
 app.add_typer(bench_app, name="bench")
 
 

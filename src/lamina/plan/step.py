@@ -1,0 +1,249 @@
+"""How long a step of the pipeline takes, from what is in it.
+
+A micro-batch goes through its layers one by one: slice, hop to attention, attention, hop back.
+Others use the same devices meanwhile. From one slice of a micro-batch to its next (a *round*) the
+longest of these passes (`sched.pipeline.round_s`, here for micro-batches that differ, and with the
+links counted):
+
+- the micro-batch's own way: its slice, then both hops and its attention;
+- the slices of all micro-batches, shared out over the replicas;
+- the attention of all micro-batches on the busiest attention worker;
+- the messages of all micro-batches on the model workers' link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lamina.plan.cost import AttentionCost, Devices, Efficiency, SliceCost
+from lamina.plan.model import ModelCost
+from lamina.plan.profile import Profile
+from lamina.types import LOCAL
+
+
+@dataclass(slots=True)
+class StepLoad:
+    """What is in a step. Rows and tokens of a share count as the share's part of all heads."""
+
+    rows: int = 0
+    """Through the slices."""
+    logit_rows: int = 0
+    attending: dict[int, float] = field(default_factory=dict)
+    """Decode rows by executor."""
+    attended: dict[int, float] = field(default_factory=dict)
+    """Tokens that those rows attend to, by executor."""
+    prompts: list[tuple[int, int]] = field(default_factory=list)
+    """Chunks of prompts: rows, tokens of the sequence before them. They attend locally."""
+    stored: dict[int, float] = field(default_factory=dict)
+    """Rows of prompts whose k and v go to a remote executor."""
+
+
+class StepTimes(NamedTuple):
+    """Seconds per layer of a step alone."""
+
+    model_s: float
+    """That the replica is occupied: slices and local attention."""
+    own_s: float
+    """From one slice to the next if the micro-batch never waits for others."""
+    attention_s: Mapping[int, float]
+    """That each remote executor is occupied."""
+    link_s: float
+    """That the link between model and attention workers is occupied in its busier direction."""
+
+
+class Work(NamedTuple):
+    """FLOPs and bytes of memory that devices move in a step."""
+
+    flops: float
+    num_bytes: float
+
+
+def round_s(step: StepTimes, others: Iterable[StepTimes], num_replicas: int) -> float:
+    """From one slice of `step` to its next while the steps `others` are in flight as well."""
+    model_s, link_s = step.model_s, step.link_s
+    attention_s = dict(step.attention_s)
+    for other in others:
+        model_s += other.model_s
+        link_s += other.link_s
+        for executor, seconds in other.attention_s.items():
+            attention_s[executor] = attention_s.get(executor, 0.0) + seconds
+    busiest = max(attention_s.values(), default=0.0)
+    return max(step.own_s, model_s / num_replicas, busiest, link_s)
+
+
+class StepCost:
+    """Times and work of steps on one replica and its executors."""
+
+    def __init__(
+        self,
+        model: ModelCost,
+        replica: Devices,
+        executors: Mapping[int, Devices],
+        *,
+        dtype: str,
+        efficiency: Efficiency,
+        num_replicas: int = 1,
+        early_q: bool = True,
+        profile: Profile | None = None,
+        transport: str | None = None,
+    ) -> None:
+        """
+        Args:
+            executors: the devices of each remote one.
+            transport: whose measured hops of the profile to use; None: its first.
+        """
+        self.model = model
+        self.num_layers = len(model.layers)
+        num_slices = self.num_layers + 1
+        # A step ends when its first replica's turn has come again.
+        self._rounds = self.num_layers * (num_slices + -num_slices % num_replicas) / num_slices
+        self.slices = SliceCost(
+            model, replica, dtype=dtype, efficiency=efficiency, profile=profile
+        )  # fmt: skip
+        self.attention = {
+            executor: AttentionCost(
+                model, devices, dtype=dtype, efficiency=efficiency, profile=profile
+            )
+            for executor, devices in ((LOCAL, replica), *executors.items())
+        }
+        self._early_q = early_q
+        e = model.bytes_per_element
+        self._q_bytes = e * sum(x.query_heads * x.head_dim_k for x in model.layers)
+        self._out_bytes = e * sum(x.query_heads * x.head_dim_v for x in model.layers)
+        self._kv_bytes = model.hop_bytes_per_row - self._q_bytes - self._out_bytes
+        # The part of a slice that makes k and v, which comes after q was sent.
+        self._kv_share = min(
+            1.0,
+            sum(x.kv_elements_per_token for x in model.layers)
+            * model.hidden_size
+            / max(1, sum(x.active_params_per_token for x in model.layers)),
+        )
+        hop = profile.hop(transport) if profile is not None else None
+        self._latency_s = efficiency.hop_latency_s if hop is None else hop.latency_s
+        self._rates = {
+            executor: devices.network_bytes_per_s * efficiency.network
+            if hop is None
+            else hop.bandwidth_bytes_per_s
+            for executor, devices in executors.items()
+        }
+        self._model_rate = (
+            replica.network_bytes_per_s * efficiency.network
+            if hop is None
+            else hop.bandwidth_bytes_per_s
+        )
+        self._step_overhead_s = 0.0 if profile is None else profile.step_overhead_s
+        self._row_overhead_s = 0.0 if profile is None else profile.row_overhead_s
+
+    def compute_knee(self) -> float:
+        """The rows from which on the slices are compute-bound: twice as many rows take, within a
+        hundredth, twice as long."""
+        rows = 1
+        while rows < 2**20 and self.slices.seconds(2 * rows) < 1.98 * self.slices.seconds(rows):
+            rows *= 2
+        low, high = rows // 2, rows
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.slices.seconds(2 * middle) < 1.98 * self.slices.seconds(middle):
+                low = middle
+            else:
+                high = middle
+        return float(high)
+
+    def objective_batch(self, tbt_s: float | None, context: float, most: float) -> float:
+        """Sequences of that context that a step with local attention serves within `tbt_s` (None:
+        no objective), at most `most`."""
+        if tbt_s is None:
+            return most
+        low, high = 0, int(most) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            load = StepLoad(
+                rows=middle,
+                logit_rows=middle,
+                attending={LOCAL: float(middle)},
+                attended={LOCAL: middle * context},
+            )
+            within = self.step_s(self.times(load).own_s) <= tbt_s
+            low, high = (middle, high) if within else (low, middle)
+        return float(low)
+
+    def step_s(self, round_s: float) -> float:
+        """Seconds of a step whose rounds take `round_s`."""
+        return self._rounds * round_s
+
+    def times(self, load: StepLoad) -> StepTimes:
+        layers = self.num_layers
+        slice_s = self.slices.seconds(load.rows, load.logit_rows) / layers
+        overhead = self._step_overhead_s + load.logit_rows * self._row_overhead_s
+        local_s = self.local_attention_s(load) / layers
+        model_s = slice_s + local_s + overhead / layers
+        attention_s = {
+            executor: self.attention[executor].seconds(rows, load.attended[executor]) / layers
+            for executor, rows in load.attending.items()
+            if executor != LOCAL and rows
+        }
+        if not attention_s and not load.stored:
+            return StepTimes(model_s, model_s, attention_s, 0.0)
+        q_s, kv_s, out_s, link_s = self._hops(load)
+        busiest = max(attention_s.values(), default=0.0)
+        if self._early_q:
+            after_q = slice_s * self._kv_share
+            trip = max(q_s + busiest, after_q + kv_s) + out_s
+            own_s = slice_s - after_q + max(trip, after_q + local_s)
+        else:
+            own_s = slice_s + max(q_s + kv_s - self._latency_s + busiest + out_s, local_s)
+        if not attention_s:  # nothing comes back, nobody waits
+            own_s = model_s
+        return StepTimes(model_s, max(model_s, own_s + overhead / layers), attention_s, link_s)
+
+    def local_attention_s(self, load: StepLoad) -> float:
+        attention = self.attention[LOCAL]
+        return attention.seconds(
+            load.attending.get(LOCAL, 0.0), load.attended.get(LOCAL, 0.0)
+        ) + sum(attention.prompt_seconds(rows, before) for rows, before in load.prompts)
+
+    def _hops(self, load: StepLoad) -> tuple[float, float, float, float]:
+        """Seconds per layer of the messages with q, with k and v, and with outputs; and how long
+        they occupy the link of the replica."""
+        layers = self.num_layers
+        attending = {x: rows for x, rows in load.attending.items() if x != LOCAL}
+        appended = dict(attending)
+        for executor, rows in load.stored.items():
+            appended[executor] = appended.get(executor, 0.0) + rows
+
+        def transfer(rows: Mapping[int, float], bytes_per_row: float) -> tuple[float, float]:
+            size = bytes_per_row / layers
+            model_s = sum(rows.values()) * size / self._model_rate
+            worker_s = max((n * size / self._rates[x] for x, n in rows.items()), default=0.0)
+            return self._latency_s + max(model_s, worker_s), max(model_s, worker_s)
+
+        q_s, q_link = transfer(attending, self._q_bytes)
+        kv_s, kv_link = transfer(appended, self._kv_bytes)
+        out_s, out_link = transfer(attending, self._out_bytes)
+        return q_s, kv_s, out_s, max(q_link + kv_link, out_link)
+
+    def hop_bytes(self, load: StepLoad, executor: int) -> float:
+        """Bytes between the replica and an attention worker, both directions."""
+        rows = load.attending.get(executor, 0.0)
+        stored = load.stored.get(executor, 0.0)
+        return rows * self.model.hop_bytes_per_row + stored * self._kv_bytes
+
+    def model_work(self, load: StepLoad) -> Work:
+        """Of the replica: slices and local attention."""
+        local = self.attention_work(load, LOCAL)
+        flops = self.model.slice_flops(load.rows, load.logit_rows) + local.flops
+        num_bytes = local.num_bytes
+        if load.rows:
+            num_bytes += self.model.slice_bytes(load.rows, load.logit_rows)
+        for rows, before in load.prompts:
+            prompt_flops, prompt_bytes = self.attention[LOCAL].prompt_work(rows, before)
+            flops += prompt_flops
+            num_bytes += prompt_bytes
+        return Work(flops, num_bytes)
+
+    def attention_work(self, load: StepLoad, executor: int) -> Work:
+        """Of the decode rows on one executor."""
+        rows, tokens = load.attending.get(executor, 0.0), load.attended.get(executor, 0.0)
+        return Work(*self.attention[executor].work(rows, tokens))
