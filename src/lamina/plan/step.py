@@ -137,19 +137,14 @@ class StepCost:
         self._row_overhead_s = 0.0 if profile is None else profile.row_overhead_s
 
     def compute_knee(self) -> float:
-        """The rows from which on the slices are compute-bound: twice as many rows take, within a
-        hundredth, twice as long."""
-        rows = 1
-        while rows < 2**20 and self.slices.seconds(2 * rows) < 1.98 * self.slices.seconds(rows):
-            rows *= 2
-        low, high = rows // 2, rows
+        """The rows from which on the slices are compute-bound: half of those that take twice as long
+        as one row, which takes as long as reading the weights."""
+        limit_s = 2 * self.slices.seconds(1)
+        low, high = 1, 2**20
         while high - low > 1:
             middle = (low + high) // 2
-            if self.slices.seconds(2 * middle) < 1.98 * self.slices.seconds(middle):
-                low = middle
-            else:
-                high = middle
-        return float(high)
+            low, high = (middle, high) if self.slices.seconds(middle) < limit_s else (low, middle)
+        return high / 2
 
     def objective_batch(self, tbt_s: float | None, context: float, most: float) -> float:
         """Sequences of that context that a step with local attention serves within `tbt_s` (None:
