@@ -24,6 +24,8 @@ from lamina.types import ceil_div
 
 LEAST_BYTES = 320 << 20
 """Keys and values that a pass reads, over as many layers as that takes: more than caches hold."""
+_MOST_LAYERS = 1024
+"""With less than 320 KiB per layer a pass reads less than that."""
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,7 +88,7 @@ class Subject:
         token_bytes = case.kv_heads * ((dim_k + dim_v) * item_bytes + scales_bytes)
         self.layer_bytes = case.batch * case.context * token_bytes
         held_bytes = self.layer_bytes or case.batch * case.rows * token_bytes
-        self.num_layers = max(1, ceil_div(least_bytes, held_bytes))
+        self.num_layers = min(_MOST_LAYERS, ceil_div(least_bytes, held_bytes))
         pages_each = ceil_div(case.context + case.rows, case.page_tokens)
         num_pages = case.batch * pages_each
         self._native = _native.PagedAttention(

@@ -34,7 +34,6 @@ from lamina.bench.placements import Placement, hollow, placed_config, placements
 from lamina.plan.model import ModelCost, model_cost
 from lamina.plan.profile import Profile
 
-
 FULL = Grid(
     rows=(1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64),
     prompt_rows=(128, 512),
@@ -61,6 +60,8 @@ QUICK = Grid(
     engine_tokens=8,
     round_trips=200,
 )
+_BESIDE_S = 0.3
+"""Least time for which slices and attention run side by side."""
 _CONTEXT = 16
 """Of the engine without weights."""
 
@@ -260,25 +261,28 @@ class Calibration:
     def _measure_beside(self, placement: Placement) -> None:
         where, parts = _model(placement), self._attention[: placement.workers]
         self._prepare(placement, *self.grid.beside)
-        attention_s = statistics.median(self._pass_together(placement.workers))
+        attention_s = statistics.fmean(self._pass_together(placement.workers))
         for rows in self.grid.beside_rows:
-            alone_s = statistics.median(
-                self._run_slices("full", where, rows, rows, self.grid.steps)
-            )
+            alone_s = statistics.fmean(self._run_slices("full", where, rows, rows, self.grid.steps))
             steps = self.grid.steps + 1
+            least_s = _BESIDE_S + 2.5 * steps * alone_s
             for part in parts:
-                part.start("loop", 0.05 + 2.5 * steps * alone_s)
-            slices: list[Interval] = self._slices.call("run", "full", where, rows, rows, steps)
+                part.start("loop", least_s)
+            slices: list[Interval] = self._slices.call(
+                "run", "full", where, rows, rows, steps, least_s
+            )
             loops: list[list[Pass]] = [part.finish() for part in parts]
             begin_s, end_s = slices[0][0], slices[-1][1]
             beside_s = [x[2] for loop in loops for x in loop if x[0] > begin_s and x[1] < end_s]
             first_s, last_s = max(x[0][0] for x in loops), min(x[-1][1] for x in loops)
             slowed_s = _seconds(x for x in slices if x[0] > first_s and x[1] < last_s)
-            if slowed_s and beside_s:
-                ratio = statistics.median(slowed_s) / alone_s
-                self._samples.add(("slices beside", placement.name, rows), [ratio])
-                ratio = statistics.median(beside_s) / attention_s
-                self._samples.add(("attention beside", placement.name, rows), [ratio])
+            for what, seconds, usual_s in (
+                ("slices beside", slowed_s or _seconds(slices), alone_s),
+                ("attention beside", beside_s or [x[2] for own in loops for x in own], attention_s),
+            ):
+                # Means: on shared cores the two take turns, so that single times say little.
+                ratio = statistics.fmean(seconds) / usual_s
+                self._samples.add((what, placement.name, rows), [ratio])
         self._progress(f"side by side, {placement.name}: done")
 
 

@@ -51,8 +51,9 @@ class Samples:
     """Measurements of the same things, again and again.
 
     Keys: ("slices" | "hollow", threads, rows), ("attention", threads, workers, batch, context),
-    ("prompt", threads, rows, before), ("read", threads), ("hop", transport, bytes), ("engine",
-    placement, depth, rows of a micro-batch), ("slices beside" | "attention beside", placement, rows).
+    ("prompt", threads, rows, before), ("read", threads), ("hop", transport, bytes),
+    ("engine", placement, depth, rows of a micro-batch),
+    ("slices beside" | "attention beside", placement, rows).
     """
 
     def __init__(self) -> None:

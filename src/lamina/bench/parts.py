@@ -1,7 +1,7 @@
 """The parts of a deployment, each measured by itself in a process of its own.
 
-Processes of parts are told to begin, and asked for what they measured later, so that several can run
-at the same time.
+Processes of parts are told to begin, and asked for what they measured later, so that several can
+run at the same time.
 """
 
 from __future__ import annotations
@@ -79,9 +79,13 @@ class SlicesPart(Part):
 
     @torch.inference_mode()
     def run(
-        self, name: str, where: Cores, rows: int, logit_rows: int, steps: int
+        self, name: str, where: Cores, rows: int, logit_rows: int, steps: int, least_s: float = 0.0
     ) -> list[Interval]:
-        """Steps one after the other, the last `logit_rows` of their rows yielding logits."""
+        """Steps one after the other, the last `logit_rows` of their rows yielding logits.
+
+        Args:
+            steps: at least so many, and as many as `least_s` seconds take.
+        """
         self._pools.use(where)
         model = self._models[name, where]
         outputs = [
@@ -89,8 +93,9 @@ class SlicesPart(Part):
             for spec in model.attention_specs
         ]
         tokens = torch.arange(rows)
-        intervals = []
-        for _ in range(steps):
+        intervals: list[Interval] = []
+        stop_s = time.monotonic() + least_s
+        while len(intervals) < steps or time.monotonic() < stop_s:
             begin = time.monotonic()
             state = model.begin(tokens % 7, tokens, tokens[rows - logit_rows :])
             for layer, output in enumerate(outputs):

@@ -11,7 +11,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-
 from typing import Any
 
 import msgspec

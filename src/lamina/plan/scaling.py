@@ -1,9 +1,9 @@
 """A profile of one model turned into one of another model on the same machine.
 
 Times follow the work that they are made of: a step of one row reads the weights, and what more rows
-add is arithmetic; attention reads the cache; a hop carries bytes. Efficiencies are taken to be those
-of the measured model, so the two should have the same data type and number of query heads per KV
-head.
+add is arithmetic; attention reads the cache; a hop carries bytes. Efficiencies are taken to be
+those of the measured model, so the two should have the same data type and number of query heads per
+KV head.
 """
 
 from __future__ import annotations
