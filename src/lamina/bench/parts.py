@@ -223,7 +223,7 @@ class EnginesPart(Part):
 class PartProcess(SubjectProcess):
     """A part in a process of its own."""
 
-    def __init__(self, name: str, make: Callable[..., Part], *arguments: object) -> None:
+    def __init__(self, name: str, make: Callable[..., Part | Subject], *arguments: object) -> None:
         super().__init__(name, cast("Callable[..., Subject]", make), arguments, THREAD_ENVIRONMENT)
 
     def call(self, method: str, *arguments: object) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,7 +50,7 @@ def predict(
     Calibrated on another model, at other batches and contexts, in the same minutes.
     """
     from lamina.bench.calibrate import FULL, QUICK, Calibration
-    from lamina.bench.predict import CASES, Deployments, errors
+    from lamina.bench.predict import CASES, Case, Deployments, errors
     from lamina.plan.model import model_cost
     from lamina.plan.profile import Profile
 
@@ -65,10 +66,10 @@ def predict(
     def progress(line: str) -> None:
         print(f"{time.monotonic() - started_s:4.0f} s  {line}", file=sys.stderr)
 
-    cases = CASES
+    cases: Sequence[Case] = CASES
     if quick:  # the same deployments, few tokens
         cases = tuple(
-            type(case)(placement=case.placement, depth=case.depth, batch=2, context=24 + index)
+            Case(placement=case.placement, depth=case.depth, batch=2, context=24 + index)
             for index, case in enumerate(CASES)
         )
     with (
