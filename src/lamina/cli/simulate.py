@@ -53,6 +53,13 @@ def simulate(
     profile: Annotated[
         Path | None, typer.Option(help="Measured times, from lamina calibrate.")
     ] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="Whose measured hops to use; default: the profile's first.")
+    ] = None,
+    tbt_objective: Annotated[
+        float | None,
+        typer.Option(help="Seconds between tokens that the offloading policy keeps to.", min=0),
+    ] = None,
     paper: Annotated[
         Literal["lamina", "adrenaline"] | None,
         typer.Option(help="Instead: the evaluation of one of the two papers."),
@@ -97,6 +104,8 @@ def simulate(
         decode_only=decode_only,
         at_once=at_once,
         profile=None if profile is None else read_profile(profile),
+        transport=transport,
+        tbt_objective_s=tbt_objective,
     )
     results = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())

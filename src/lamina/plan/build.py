@@ -16,8 +16,8 @@ from lamina.plan.model import ModelCost
 from lamina.plan.offloading import OWN, OffloadPlacer
 from lamina.plan.profile import Profile
 from lamina.plan.recorder import RequestTimes
+from lamina.plan.steady import SteadyBatcher, WatchedPlacer
 from lamina.plan.step import StepCost
-from lamina.sched.batcher import Batcher
 from lamina.sched.budget import PageBudget
 from lamina.sched.offload import Bounds, Resources, compute_bound, memory_bound
 from lamina.sched.placement import Mode, Placer
@@ -44,6 +44,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     saturation."""
     tbt_objective_s: float | None = None
     """Of the offloading policy (B_TPOT); None: the batch that fits in the decode instance."""
+    step_by_step: bool = False
+    """Let the batcher plan every step, also where nothing is to decide: slower, the same result."""
     efficiency: Efficiency = Efficiency()
     profile: Profile | None = None
     transport: str | None = None
@@ -105,7 +107,7 @@ class Builder:
         pages = self.pages(self.room_bytes(pool, pool.count))
         budget = PageBudget(self.settings.block_size, {LOCAL: pages}, {LOCAL: self.units})
         instance = self._instance(
-            Placer(budget, self.units, "requests"),
+            WatchedPlacer(budget, self.units, "requests"),
             budget,
             Devices(device=pool.device, count=pool.count),
             {},
@@ -134,7 +136,7 @@ class Builder:
         budget = PageBudget(self.settings.block_size, capacity, page_units)
         weights = {e: devices.bandwidth_bytes_per_s for e, devices in executors.items()}
         instance = self._instance(
-            Placer(budget, self.units, mode, weights=weights),
+            WatchedPlacer(budget, self.units, mode, weights=weights),
             budget,
             Devices(device=model.device, count=deployment.num_ranks),
             executors,
@@ -162,7 +164,7 @@ class Builder:
             self.settings.block_size, {LOCAL: self.pages(room)}, {LOCAL: self.units}
         )
         instance = self._instance(
-            Placer(budget, self.units, "requests"),
+            WatchedPlacer(budget, self.units, "requests"),
             budget,
             devices,
             {},
@@ -189,6 +191,7 @@ class Builder:
             Devices(device=pool.device, count=pool.count),
             executors,
             own_executor=OWN,
+            in_one_machine=deployment.in_one_machine,
             prompts_are_free=True,
         )
         placer.sequence_of = instance.batcher.sequence
@@ -297,6 +300,7 @@ class Builder:
         *,
         num_replicas: int = 1,
         early_q: bool = True,
+        in_one_machine: bool = False,
     ) -> StepCost:
         settings = self.settings
         return StepCost(
@@ -309,6 +313,7 @@ class Builder:
             early_q=early_q,
             profile=settings.profile,
             transport=settings.transport,
+            in_one_machine=in_one_machine,
         )
 
     def _instance(
@@ -321,6 +326,7 @@ class Builder:
         depth: int = 1,
         num_replicas: int = 1,
         early_q: bool = True,
+        in_one_machine: bool = False,
         own_executor: int = LOCAL,
         prompts_are_free: bool | None = None,
         on_finish: Callable[[int, float], None] | None = None,
@@ -328,7 +334,7 @@ class Builder:
     ) -> Instance:
         settings = self.settings
         free = settings.decode_only if prompts_are_free is None else prompts_are_free
-        batcher = Batcher(
+        batcher = SteadyBatcher(
             budget,
             placer,
             num_micro_batches=depth,
@@ -339,7 +345,13 @@ class Builder:
         )
         return Instance(
             batcher,
-            self._cost(devices, executors, num_replicas=num_replicas, early_q=early_q),
+            self._cost(
+                devices,
+                executors,
+                num_replicas=num_replicas,
+                early_q=early_q,
+                in_one_machine=in_one_machine,
+            ),
             requests=self.requests,
             num_requests=self.num_requests,
             num_replicas=num_replicas,
@@ -352,4 +364,5 @@ class Builder:
             },
             on_finish=on_finish,
             gives_tokens=gives_tokens,
+            step_by_step=settings.step_by_step,
         )

@@ -120,14 +120,17 @@ class _Reader:
             layer.matrix(self._width, self._hidden)
             layer.matrix(self._hidden, self._width)
         heads = self._latent_attention(layer) if self._is_latent else self._attention(layer)
+        before_mlp = layer.active
         experts = self._experts(layer) if self._is_sparse(index) else {}
         if not experts:
             self._mlp(layer, self._inner())
+        is_parallel = self._flag(self._family.parallel)
         return LayerCost(
             query_heads=self._heads,
             window=self._window(index),
             weight_params=layer.params,
             active_params_per_token=layer.active,
+            deferred_params_per_token=layer.active - before_mlp if is_parallel else 0,
             activations_per_token=layer.activations,
             **heads,
             **experts,

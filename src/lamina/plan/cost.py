@@ -94,15 +94,19 @@ class Devices(msgspec.Struct, frozen=True, kw_only=True):
         return float(self.device.memory_bytes * self.count)
 
     @property
-    def network_bytes_per_s(self) -> float:
-        return self.device.network_bytes_per_s * self.count
-
-    @property
     def bandwidth_bytes_per_s(self) -> float:
         return self.device.bandwidth_bytes_per_s * self.count * self.bandwidth_share
 
     def flops_per_s(self, dtype: str) -> float:
         return self.device.flops_for(dtype) * self.count * self.compute_share
+
+
+def link_bytes_per_s(device: Device, e: Efficiency, in_one_machine: bool) -> float:
+    """One direction between two devices: over the network, or between chips of one machine if the
+    device has such a link."""
+    if in_one_machine and device.interconnect_bytes_per_s is not None:
+        return device.interconnect_bytes_per_s * e.interconnect
+    return device.network_bytes_per_s * e.network
 
 
 def roofline_s(
@@ -144,6 +148,7 @@ class SliceCost:
         if profile is not None:
             self._measured = profile.slices_on(devices.device.name, devices.count)
         self._known: dict[tuple[int, int], float] = {}
+        self._known_work: dict[tuple[int, int], tuple[float, float]] = {}
         devices.flops_per_s(dtype)
 
     def seconds(self, rows: int, logit_rows: int | None = None) -> float:
@@ -160,18 +165,29 @@ class SliceCost:
             self._known[rows, logits] = seconds
         return seconds
 
+    def work(self, rows: int, logit_rows: int) -> tuple[float, float]:
+        """FLOPs and bytes."""
+        if rows == 0:
+            return 0.0, 0.0
+        work = self._known_work.get((rows, logit_rows))
+        if work is None:
+            model = self._model
+            work = model.slice_flops(rows, logit_rows), model.slice_bytes(rows, logit_rows)
+            self._known_work[rows, logit_rows] = work
+        return work
+
     def _compute(self, rows: int, logits: int) -> float:
         if self._measured is not None:
             return self._measured.at(rows)
-        model = self._model
+        flops, num_bytes = self.work(rows, logits)
         return self.collectives_s(rows) + roofline_s(
-            model.slice_flops(rows, logits),
-            model.slice_bytes(rows, logits),
+            flops,
+            num_bytes,
             self._devices,
             self._dtype,
             self._efficiency,
             rows=rows,
-            ops=len(model.layers),
+            ops=len(self._model.layers),
         )
 
     def collectives_s(self, rows: int) -> float:
@@ -180,11 +196,7 @@ class SliceCost:
         if ranks == 1:
             return 0.0
         device, e, model = self._devices.device, self._efficiency, self._model
-        rate = (
-            device.network_bytes_per_s * e.network
-            if device.interconnect_bytes_per_s is None
-            else device.interconnect_bytes_per_s * e.interconnect
-        )
+        rate = link_bytes_per_s(device, e, in_one_machine=True)
         num_bytes = 2 * (ranks - 1) / ranks * rows * model.hidden_size * model.bytes_per_element
         return 2 * len(model.layers) * (e.collective_latency_s + num_bytes / rate)
 

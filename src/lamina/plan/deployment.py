@@ -20,6 +20,8 @@ from lamina.errors import ConfigError
 from lamina.plan.hardware import Device, find_device
 from lamina.plan.names import find_by_name, normalise
 
+DEVICES_PER_MACHINE = 8
+
 
 class Pool(msgspec.Struct, frozen=True, kw_only=True):
     """Some equal devices."""
@@ -131,6 +133,12 @@ class PrefillDecode(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def pools(self) -> tuple[Pool, ...]:
         return (self.prefill, self.decode)
+
+    @property
+    def in_one_machine(self) -> bool:
+        """Whether KV and rows move between chips: one kind of device, as few as a machine has."""
+        count = self.prefill.count + self.decode.count
+        return self.prefill.device == self.decode.device and count <= DEVICES_PER_MACHINE
 
     @property
     def num_prefill_instances(self) -> int:

@@ -41,6 +41,9 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     qk_norm_if: Flag = True
     position_padding: int | None = None
     """Rows of the table of learned positions beyond the context length; None: no such table."""
+    parallel: Flag = False
+    """The MLP reads the layer's input, not the attention's output: it can be computed while
+    attention is away (the converter's deferred region)."""
     window: int | None = None
     """Unless the config says."""
     window_if: Flag = True
@@ -64,9 +67,12 @@ def _biases(flag: Flag) -> dict[str, Any]:
 
 FAMILIES: dict[str, Family] = {
     "cohere": Family(
-        tied=True, norms=1, qk_norm="width", qk_norm_if=Field("use_qk_norm", False), **_ATTENTION
+        tied=True, norms=1, parallel=True, qk_norm="width",
+        qk_norm_if=Field("use_qk_norm", False), **_ATTENTION,
     ),
-    "cohere2": Family(tied=True, norms=1, window=4096, full_every=4, **_ATTENTION),
+    "cohere2": Family(
+        tied=True, norms=1, parallel=True, window=4096, full_every=4, **_ATTENTION
+    ),
     "deepseek_v2": Family(**_LLAMA),
     "deepseek_v3": Family(**_ATTENTION),
     "gemma": Family(**_GEMMA),
@@ -74,6 +80,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(norms=4, window=4096, full_every=6, qk_norm="head", **_GEMMA),
     "gpt2": Family(tied=True, qkv_bias=True, out_bias=True, position_padding=0, **_PLAIN),
     "gpt_neox": Family(
+        parallel=Field("use_parallel_residual", True),
         qkv_bias=Field("attention_bias", True), out_bias=Field("attention_bias", True), **_PLAIN
     ),
     "gpt_oss": Family(
@@ -92,7 +99,7 @@ FAMILIES: dict[str, Family] = {
         **_biases(Field("enable_bias", True)),
     ),
     "phi": Family(
-        norms=1, qkv_bias=True, out_bias=True, head_bias=True, qk_norm="head",
+        norms=1, parallel=True, qkv_bias=True, out_bias=True, head_bias=True, qk_norm="head",
         qk_norm_if=Field("qk_layernorm", False), **_PLAIN,
     ),
     "phi3": Family(),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
+from lamina.plan.flight import Flight, contents, fill_due
 from lamina.plan.recorder import Busy, Occupancy, RequestTimes
-from lamina.plan.step import StepCost, StepLoad, StepTimes, round_s
-from lamina.sched.batcher import Batcher
+from lamina.plan.steady import SteadyBatcher, WatchedPlacer
+from lamina.plan.step import StepCost, StepLoad, round_s
 from lamina.types import LOCAL, EngineRequest, SamplingParams, StepPlan
 
 _LIMITS: dict[int, SamplingParams] = {}
@@ -29,23 +29,6 @@ def engine_request(index: int, num_prompt: int, num_output: int) -> EngineReques
     )
 
 
-@dataclass(slots=True)
-class Flight:
-    """A step that runs."""
-
-    plan: StepPlan
-    load: StepLoad
-    times: StepTimes
-    tokens: dict[int, int]
-    """What will have been sampled for each sequence; any token does."""
-    first: list[int]
-    """Of these sequences, those whose prompts this step completes."""
-    left: float = 1.0
-    """Part of the step that is still to run."""
-    duration_s: float = math.inf
-    """Of the whole step, as things are now."""
-
-
 class Instance:
     """A batcher with its micro-batches in flight.
 
@@ -55,7 +38,7 @@ class Instance:
 
     def __init__(
         self,
-        batcher: Batcher,
+        batcher: SteadyBatcher,
         cost: StepCost,
         *,
         requests: RequestTimes,
@@ -66,6 +49,7 @@ class Instance:
         kv_bytes_per_page: dict[int, float],
         on_finish: Callable[[int, float], None] | None = None,
         gives_tokens: bool = True,
+        step_by_step: bool = False,
     ) -> None:
         """
         Args:
@@ -75,6 +59,7 @@ class Instance:
             own_executor: the one whose KV lies on the model worker's own devices.
             on_finish: called with the request's index and the time when it ends here.
             gives_tokens: users get the tokens that are sampled here.
+            step_by_step: let the batcher plan every step.
         """
         self.batcher = batcher
         self.cost = cost
@@ -89,11 +74,16 @@ class Instance:
         self._page_bytes = kv_bytes_per_page
         self._on_finish = on_finish
         self._gives_tokens = gives_tokens
+        self._step_by_step = step_by_step
         self._flights: dict[int, Flight] = {}
         self._last_token_s: dict[int, float] = {}
         self._now_s = 0.0
         self._end: tuple[float, int] | None = None  # of the first flight to end
         self._num_finished = 0
+        # Whether the first waiting request was refused a place since the last change of pages.
+        self._is_blocked = False
+        self._has_news = False  # since micro-batches were planned last
+        self._num_fills = 0
 
     @property
     def next_s(self) -> float:
@@ -102,36 +92,56 @@ class Instance:
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request; call `fill` afterwards."""
+        self._is_blocked = False
+        self._has_news = True
         self.batcher.add(request)
 
     def advance(self, now_s: float) -> None:
         """Let time pass; ends the step that ends then, if one does. Call `fill` afterwards."""
         elapsed_s = now_s - self._now_s
         flights = self._flights
-        ended = self._end if self._end is not None and self._end[0] <= now_s else None
-        tokens = len(flights[ended[1]].tokens) if ended else 0
-        self._account(now_s, tokens if self._gives_tokens else 0)
+        ended = None
+        if self._end is not None and self._end[0] <= now_s:
+            ended = flights[self._end[1]]
+        self._account(now_s, len(ended.tokens) if ended and self._gives_tokens else 0)
         if elapsed_s > 0:
             for flight in flights.values():
                 flight.left -= elapsed_s / flight.duration_s
         self._now_s = now_s
-        if ended:
-            self._finish(flights.pop(ended[1]))
+        if ended is None:
+            return
+        self.num_steps += 1
+        self._add_work(ended.load)
+        if self._gives_tokens:
+            self._record_tokens(ended)
+        if not self._step_by_step and self._passes(ended):
+            self._pass(ended)
+        else:
+            self._finish(ended)
 
     def fill(self) -> None:
         """Plan steps for idle micro-batches."""
         batcher = self.batcher
-        changed = True
+        placer = batcher.placer
         began = False
+        # Steps that passed have changed nothing for micro-batches that had nothing to do.
+        changed = self._has_news and len(self._flights) < batcher.num_micro_batches
+        self._has_news = False
+        if changed:
+            self._num_fills += 1
+            self._settle()
         while changed:
             changed = False
             idle = batcher.idle
             for micro_batch in idle:
+                if isinstance(placer, WatchedPlacer):
+                    placer.failed = False
                 plan = batcher.plan(micro_batch)
                 if plan is None:
                     continue
                 if plan.spans:
                     self._flights[micro_batch] = self._begin(plan)
+                    self._is_blocked = isinstance(placer, WatchedPlacer) and placer.failed
                     changed = len(idle) > 1
                     began = True
                 else:
@@ -140,87 +150,98 @@ class Instance:
             self._set_speeds()
 
     def _set_speeds(self) -> None:
-        flights = self._flights
+        flights = sorted(self._flights.items())
         self._end = None
-        for micro_batch, flight in flights.items():
-            others = [f.times for m, f in flights.items() if m != micro_batch]
+        for micro_batch, flight in flights:
+            others = [f.times for m, f in flights if m != micro_batch]
             flight.duration_s = self.cost.step_s(round_s(flight.times, others, self._num_replicas))
             end_s = self._now_s + max(0.0, flight.left) * flight.duration_s
             if self._end is None or end_s < self._end[0]:
                 self._end = end_s, micro_batch
 
     def _begin(self, plan: StepPlan) -> Flight:
-        load = StepLoad()
-        tokens: dict[int, int] = {}
-        first: list[int] = []
-        units = self.batcher.placer.units
-        attending, attended, own = load.attending, load.attended, self._own
-        sequence_of = self.batcher.sequence
-        for span in plan.spans:
-            sequence = sequence_of(span.sequence)
-            total = span.context_tokens + span.num_rows
-            shares = span.attend_on
-            if sequence.num_computed < sequence.prefill_target:
-                if span.context_tokens == 0:
-                    self._requests.started(sequence.request.seed, self._now_s)
-                if total == sequence.num_tokens:
-                    tokens[span.sequence] = 0
-                    first.append(span.sequence)
-                if not self._prompts_are_free:
-                    load.rows += span.num_rows
-                    load.prompts.append((span.num_rows, span.context_tokens))
-                    for share in span.store_on:
-                        if share.executor not in (LOCAL, own):
-                            load.stored[share.executor] = (
-                                load.stored.get(share.executor, 0.0)
-                                + span.num_rows * share.num_units / units
-                            )
-                    continue
-                shares = sequence.placement
-            else:
-                tokens[span.sequence] = 0
-            load.rows += 1
-            for share in shares:
-                executor = LOCAL if share.executor == own else share.executor
-                part = share.num_units / units
-                attending[executor] = attending.get(executor, 0.0) + part
-                attended[executor] = attended.get(executor, 0.0) + part * share.num_tokens(total)
-        load.logit_rows = len(tokens)
-        return Flight(plan, load, self.cost.times(load), tokens, first)
+        held = contents(
+            plan,
+            self.batcher.sequence,
+            self.batcher.placer.units,
+            own_executor=self._own,
+            prompts_are_free=self._prompts_are_free,
+        )
+        for index in held.started:
+            self._requests.started(index, self._now_s)
+        times = self.cost.times(held.load)
+        return Flight(plan, held.load, times, held.tokens, held.first, held.most_passed)
+
+    def _passes(self, flight: Flight) -> bool:
+        """Whether the next step is like the one that has ended but for the contexts; reserves the
+        pages for it."""
+        passed = flight.num_passed + 1
+        batcher = self.batcher
+        if passed > flight.most_passed or (batcher.num_waiting and not self._is_blocked):
+            return False
+        if flight.checked != self._num_fills:
+            if not batcher.is_settled(flight.plan):
+                return False
+            flight.checked = self._num_fills
+        if not flight.has_due:
+            fill_due(flight, batcher.sequence)
+        for sequence in flight.due.get(passed, ()):
+            # Taken pages may be what a waiting request is refused for, or make it give way.
+            if batcher.num_waiting or not batcher.grow_ahead(sequence, passed):
+                return False
+            next_due = flight.due.setdefault(passed + batcher.budget.page_tokens, [])
+            next_due.append(sequence)
+        flight.due.pop(passed, None)
+        return True
+
+    def _pass(self, flight: Flight) -> None:
+        flight.num_passed += 1
+        load = flight.load
+        for executor, rows in load.attending.items():
+            load.attended[executor] += rows
+        flight.times = self.cost.times(load)
+        flight.left = 1.0
+        self._set_speeds()
+
+    def _settle(self) -> None:
+        """Tell the batcher of the steps that have passed."""
+        for flight in self._flights.values():
+            if flight.num_passed:
+                flight.plan = self.batcher.skip(flight.plan, flight.num_passed)
+                flight.most_passed -= flight.num_passed
+                flight.num_passed = 0
+                flight.due.clear()
+                flight.has_due = False
+
+    def _record_tokens(self, flight: Flight) -> None:
+        now_s, requests, last = self._now_s, self._requests, self._last_token_s
+        requests.tokens(len(flight.tokens), now_s)
+        for sequence in flight.first:
+            if sequence.id not in last:  # else it was preempted and its prompt computed again
+                requests.first_token(sequence.request.seed, now_s)
+                last[sequence.id] = math.nan
+        gaps: dict[float, int] = {}
+        for sequence_id in flight.tokens:
+            before = last[sequence_id]
+            gaps[before] = gaps.get(before, 0) + 1
+            last[sequence_id] = now_s
+        for before, count in gaps.items():
+            if before == before:
+                requests.gap(now_s - before, count)
 
     def _finish(self, flight: Flight) -> None:
-        now_s, requests = self._now_s, self._requests
-        self.num_steps += 1
-        self._add_work(flight.load)
-        indices = {}
-        for sequence_id in flight.first:
-            indices[sequence_id] = self.batcher.sequence(sequence_id)
-        if self._gives_tokens:
-            requests.tokens(len(flight.tokens), now_s)
-            last = self._last_token_s
-            for sequence_id in flight.first:
-                if sequence_id not in last:  # else it was preempted and its prompt computed again
-                    requests.first_token(indices[sequence_id].request.seed, now_s)
-                    last[sequence_id] = math.nan
-            gaps: dict[float, int] = {}
-            for sequence_id in flight.tokens:
-                before = last[sequence_id]
-                gaps[before] = gaps.get(before, 0) + 1
-                last[sequence_id] = now_s
-            for before, count in gaps.items():
-                if before == before:
-                    requests.gap(now_s - before, count)
-        ended = [
-            (sequence_id, self.batcher.sequence(sequence_id).request.seed)
-            for sequence_id in flight.tokens
-        ]
+        self._settle()
+        del self._flights[flight.plan.micro_batch]
+        self._is_blocked = False
+        self._has_news = True
+        indices = {s: self.batcher.sequence(s).request.seed for s in flight.tokens}
         finishes = self.batcher.apply(flight.plan, flight.tokens)
-        for sequence_id, index in ended:
-            if finishes[sequence_id] is not None:
+        for sequence_id, finish in finishes.items():
+            if finish is not None:
                 self._num_finished += 1
                 self._last_token_s.pop(sequence_id, None)
                 if self._on_finish is not None:
-                    self._on_finish(index, now_s)
+                    self._on_finish(indices[sequence_id], self._now_s)
 
     def _account(self, now_s: float, tokens: int) -> None:
         batcher, budget = self.batcher, self.batcher.budget

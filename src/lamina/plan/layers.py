@@ -23,6 +23,8 @@ class LayerCost(msgspec.Struct, frozen=True, kw_only=True):
     """All parameters: of every expert, with norms and biases."""
     active_params_per_token: int
     """Elements of the matrices that one row is multiplied with."""
+    deferred_params_per_token: int = 0
+    """Of the active ones, those whose products need no attention output of their layer."""
     activations_per_token: int
     """Elements that those matrices read and write for one row."""
     num_experts: int = 0

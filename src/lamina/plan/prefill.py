@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from functools import partial
 
 from lamina.plan.arrivals import Arrival
-from lamina.plan.build import Builder, Settings, Site
-from lamina.plan.deployment import Pool, PrefillDecode
+from lamina.plan.build import Builder, Site
+from lamina.plan.cost import link_bytes_per_s
+from lamina.plan.deployment import PrefillDecode
 from lamina.plan.instance import Instance, engine_request
 from lamina.plan.recorder import Busy
-
-DEVICES_PER_MACHINE = 8
 
 
 class PrefillSide:
@@ -30,8 +29,13 @@ class PrefillSide:
         self._requests = requests
         self._model = builder.model
         prefill = deployment.prefill
-        self._rate = link_bytes_per_s(prefill, deployment.decode, builder.settings)
-        self._rate *= min(deployment.prefill_ranks, deployment.decode.count)
+        e = builder.settings.efficiency
+        self._rate = min(
+            link_bytes_per_s(prefill.device, e, deployment.in_one_machine)
+            * deployment.prefill_ranks,
+            link_bytes_per_s(deployment.decode.device, e, deployment.in_one_machine)
+            * deployment.decode.count,
+        )
         self._latency_s = builder.settings.efficiency.hop_latency_s
         self.sites: list[Site] = []
         for number in range(deployment.num_prefill_instances):
@@ -73,14 +77,3 @@ class PrefillSide:
         busy: Busy = self.sites[number].instance.model_busy
         busy.network_bytes += num_bytes
         heapq.heappush(self._on_its_way, (end_s + self._latency_s, index))
-
-
-def link_bytes_per_s(a: Pool, b: Pool, settings: Settings) -> float:
-    """From one device of one pool to one of the other: between chips if they are of one kind and
-    all fit in one machine, else over the network."""
-    e = settings.efficiency
-    between_chips = a.device.interconnect_bytes_per_s
-    is_one_machine = a.device.name == b.device.name and a.count + b.count <= DEVICES_PER_MACHINE
-    if is_one_machine and between_chips is not None:
-        return between_chips * e.interconnect
-    return min(a.device.network_bytes_per_s, b.device.network_bytes_per_s) * e.network

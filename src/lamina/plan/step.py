@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lamina.plan.cost import AttentionCost, Devices, Efficiency, SliceCost
+from lamina.plan.cost import AttentionCost, Devices, Efficiency, SliceCost, link_bytes_per_s
 from lamina.plan.model import ModelCost
 from lamina.plan.profile import Profile, SideBySide
 from lamina.types import LOCAL
@@ -121,10 +121,12 @@ class StepCost:
         early_q: bool = True,
         profile: Profile | None = None,
         transport: str | None = None,
+        in_one_machine: bool = False,
     ) -> None:
         """
         Args:
             executors: the devices of each remote one.
+            in_one_machine: they are reached between chips, not over the network.
             transport: whose measured hops of the profile to use; None: its first.
         """
         self.model = model
@@ -145,34 +147,32 @@ class StepCost:
         e = model.bytes_per_element
         self._q_bytes = e * sum(x.query_heads * x.head_dim_k for x in model.layers)
         self._out_bytes = e * sum(x.query_heads * x.head_dim_v for x in model.layers)
-        self._kv_bytes = model.hop_bytes_per_row - self._q_bytes - self._out_bytes
-        # The part of a slice that makes k and v, which comes after q was sent.
-        self._kv_share = min(
-            1.0,
-            sum(x.kv_elements_per_token for x in model.layers)
-            * model.hidden_size
-            / max(1, sum(x.active_params_per_token for x in model.layers)),
-        )
+        self._row_bytes = model.hop_bytes_per_row
+        self._kv_bytes = self._row_bytes - self._q_bytes - self._out_bytes
+        # Parts of a slice: what makes k and v, which comes after q was sent, and what needs no
+        # attention output and comes after k and v were sent.
+        active = sum(x.active_params_per_token for x in model.layers)
+        deferred = sum(x.deferred_params_per_token for x in model.layers)
+        kv = model.hidden_size * sum(x.kv_elements_per_token for x in model.layers)
+        self._deferred_share = deferred / active
+        self._kv_share = min(kv, active - deferred) / active
         self._beside = _side_by_side(profile, replica, executors)
         hop = profile.hop(transport) if profile is not None else None
         self._latency_s = efficiency.hop_latency_s if hop is None else hop.latency_s
-        self._rates = {
-            executor: devices.network_bytes_per_s * efficiency.network
-            if hop is None
-            else hop.bandwidth_bytes_per_s
-            for executor, devices in executors.items()
-        }
-        self._model_rate = (
-            replica.network_bytes_per_s * efficiency.network
-            if hop is None
-            else hop.bandwidth_bytes_per_s
-        )
+
+        def rate(devices: Devices) -> float:
+            if hop is not None:
+                return hop.bandwidth_bytes_per_s
+            return link_bytes_per_s(devices.device, efficiency, in_one_machine) * devices.count
+
+        self._rates = {executor: rate(devices) for executor, devices in executors.items()}
+        self._model_rate = rate(replica)
         self._step_overhead_s = 0.0 if profile is None else profile.step_overhead_s
         self._row_overhead_s = 0.0 if profile is None else profile.row_overhead_s
 
     def compute_knee(self) -> float:
-        """The rows from which on the slices are compute-bound: half of those that take twice as long
-        as one row, which takes as long as reading the weights."""
+        """The rows from which on the slices are compute-bound: half of those that take twice as
+        long as one row, which takes as long as reading the weights."""
         limit_s = 2 * self.slices.seconds(1)
         low, high = 1, 2**20
         while high - low > 1:
@@ -215,16 +215,19 @@ class StepCost:
         }
         if not attention_s and not load.stored:
             return StepTimes(model_s, model_s, attention_s, 0.0)
-        busiest = max(attention_s.values(), default=0.0)
         if self._beside is not None:
             return self._times_beside(load, slice_s, local_s, overhead / layers, attention_s)
         q_s, kv_s, out_s, link_s = self._hops(load)
+        busiest = max(attention_s.values(), default=0.0)
+        after_kv = slice_s * self._deferred_share + local_s
+        before_kv = slice_s * (1 - self._deferred_share)
         if self._early_q:
             after_q = slice_s * self._kv_share
             trip = max(q_s + busiest, after_q + kv_s) + out_s
-            own_s = slice_s - after_q + max(trip, after_q + local_s)
+            own_s = before_kv - after_q + max(trip, after_q + after_kv)
         else:
-            own_s = slice_s + max(q_s + kv_s - self._latency_s + busiest + out_s, local_s)
+            trip = q_s + kv_s - self._latency_s + busiest + out_s
+            own_s = before_kv + max(trip, after_kv)
         if not attention_s:  # nothing comes back, nobody waits
             own_s = model_s
         return StepTimes(model_s, max(model_s, own_s + overhead / layers), attention_s, link_s)
@@ -244,7 +247,8 @@ class StepCost:
         slowdowns = beside.slices_slowdown.at(load.rows), beside.attention_slowdown.at(load.rows)
         busiest = max(attention_s.values(), default=0.0)
         model_s = slice_s + local_s + overhead_s + beside.hop_busy_s.at(num_bytes)
-        after_q = (slice_s * self._kv_share if self._early_q else 0.0) + local_s
+        after_q = slice_s * (self._deferred_share + (self._kv_share if self._early_q else 0.0))
+        after_q += local_s
         own_s = slice_s + local_s - after_q + together_s(after_q, busiest, *slowdowns)
         own_s += overhead_s + beside.hop_s.at(num_bytes)
         return StepTimes(model_s, max(model_s, own_s), attention_s, 0.0, *slowdowns)
@@ -279,15 +283,14 @@ class StepCost:
         """Bytes between the replica and an attention worker, both directions."""
         rows = load.attending.get(executor, 0.0)
         stored = load.stored.get(executor, 0.0)
-        return rows * self.model.hop_bytes_per_row + stored * self._kv_bytes
+        return rows * self._row_bytes + stored * self._kv_bytes
 
     def model_work(self, load: StepLoad) -> Work:
         """Of the replica: slices and local attention."""
         local = self.attention_work(load, LOCAL)
-        flops = self.model.slice_flops(load.rows, load.logit_rows) + local.flops
-        num_bytes = local.num_bytes
-        if load.rows:
-            num_bytes += self.model.slice_bytes(load.rows, load.logit_rows)
+        flops, num_bytes = self.slices.work(load.rows, load.logit_rows)
+        flops += local.flops
+        num_bytes += local.num_bytes
         for rows, before in load.prompts:
             prompt_flops, prompt_bytes = self.attention[LOCAL].prompt_work(rows, before)
             flops += prompt_flops

@@ -29,8 +29,11 @@ def rebalance(
             sequence.micro_batch = min(targets, key=lambda m: (len(decoding[m]), m))
         if not sequence.prefilling:
             decoding[sequence.micro_batch].append(sequence)
+    sizes = [len(group) for group in decoding]
+    if max(sizes) - min(sizes) < 2:
+        return
     tokens = [sum(s.num_tokens for s in group) for group in decoding]
-    while depth > 1:
+    while True:
         most = max(range(depth), key=lambda m: (len(decoding[m]), tokens[m]))
         least = min(range(depth), key=lambda m: (len(decoding[m]), tokens[m]))
         if len(decoding[most]) - len(decoding[least]) < 2:

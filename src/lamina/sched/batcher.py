@@ -159,13 +159,12 @@ class Batcher:
         assert micro_batch not in self._in_flight, f"micro-batch {micro_batch} has a step in flight"
         self._rebalance()
         spans: list[Span] = []
-        may_admit = self._append_decode_rows(spans, micro_batch)
+        self._append_decode_rows(spans, micro_batch)
         rows_left = self._max_num_rows - len(spans)
         for sequence in self._running:
             if sequence.micro_batch == micro_batch and sequence.prefilling and rows_left > 0:
                 rows_left -= self._append_prompt_rows(spans, sequence, rows_left)
-        if may_admit:
-            self._admit(spans, micro_batch, rows_left)
+        self._admit(spans, micro_batch, rows_left)
         # Releases alone make a step only when no other will ever carry them.
         if not spans and (self._sequences or not self._releases):
             can_start = micro_batch < self._depth and not (self._running or self._in_flight)
@@ -252,37 +251,32 @@ class Batcher:
         same_replicas = (sequence.micro_batch - micro_batch) % self._num_replicas == 0
         return same_replicas or not self.budget.holds(LOCAL, sequence.id)
 
-    def _append_decode_rows(self, spans: list[Span], micro_batch: int) -> bool:
-        """Rows of the sequences whose prompts are computed, after those that starve got their
-        pages.
-
-        Returns:
-            Whether pages are left for newcomers.
-        """
-        preemptions_before = self.num_preemptions
-        taken: set[int] = set()  # executors whose free pages belong to a sequence that starves
+    def _append_decode_rows(self, spans: list[Span], micro_batch: int) -> None:
+        """Rows of the sequences whose prompts are computed; whoever starves, in any micro-batch,
+        gets its pages before younger ones."""
         for sequence in list(self._running):
             if sequence.in_flight or sequence.prefilling or not sequence.placement:
                 continue
             is_due = sequence.micro_batch == micro_batch
             if not (is_due or sequence.starved):
                 continue
-            sequence.starved = not self._grow(sequence, taken)
+            sequence.starved = not self._grow(sequence)
             if is_due and not sequence.starved:
                 where = sequence.placement
                 spans.append(Span(sequence.id, 1, sequence.num_computed, where, where))
-        return not taken and self.num_preemptions == preemptions_before
 
-    def _grow(self, sequence: Sequence, taken: set[int]) -> bool:
-        """Reserve the page for the sequence's next row; otherwise add the executors that lack it to
-        `taken`."""
+    def _grow(self, sequence: Sequence) -> bool:
+        """Reserve the page for the sequence's next row; False if it must wait for it.
+
+        Older sequences are asked first, so a younger one finds nothing to preempt where one
+        starves.
+        """
         if sequence.num_tokens <= sequence.reserved_tokens:
             return True
         missing = self.budget.missing(sequence.id, sequence.placement, sequence.num_tokens)
-        while lacking := self.budget.lacking(missing) | (missing.keys() & taken):
-            victim = None if lacking & taken else self._youngest_holder(sequence, lacking)
+        while lacking := self.budget.lacking(missing):
+            victim = self._youngest_holder(sequence, lacking)
             if victim is None:
-                taken |= lacking
                 return False
             self._preempt(victim)
         self._reserve(sequence, missing)
@@ -316,8 +310,9 @@ class Batcher:
         elsewhere."""
         if not self._waiting or micro_batch >= self._depth:
             return
-        # The next page stays free for each running sequence that may still need one, so that those
-        # that run can go on for a while before the newcomer would have to be preempted again.
+        # The next page stays free for each running sequence that may still need one (for those that
+        # starve, the one that they wait for), so that those that run can go on for a while before
+        # the newcomer would have to be preempted again.
         keep_free: dict[int, int] = {}
         for running in self._running:
             self._add_next_pages(running, keep_free)

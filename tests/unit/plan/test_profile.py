@@ -52,9 +52,7 @@ def test_profiles_are_found_by_device_and_transport(tmp_path: Path) -> None:
         model="demo",
         slices=(SlicesTime(device="CPU", seconds=CURVE),),
         attention=(
-            AttentionTime(
-                device="CPU", decode=Surface(sizes=(1,), contexts=(1,), seconds=((1,),))
-            ),
+            AttentionTime(device="CPU", decode=Surface(sizes=(1,), contexts=(1,), seconds=((1,),))),
         ),
         hops=(
             HopTime(transport="shm", latency_s=1e-6, bandwidth_bytes_per_s=1e10),

@@ -12,11 +12,15 @@ from lamina.plan.arrivals import Arrival, Workload
 from lamina.plan.build import Settings
 from lamina.plan.cost import Devices, Efficiency, SliceCost
 from lamina.plan.deployment import parse_deployment
+from lamina.plan.flight import Flight
 from lamina.plan.hardware import load_devices
+from lamina.plan.instance import Instance
 from lamina.plan.model import load_model
 from lamina.plan.results import Result
 from lamina.plan.simulate import simulate
+from lamina.plan.steady import SteadyBatcher
 from lamina.plan.synthetic import Lengths, synthetic
+from lamina.types import StepPlan
 
 DEVICES = load_devices()
 SMALL = load_model("Llama-2-7B")
@@ -64,9 +68,7 @@ def run(deployment: str, workload: Workload, **kwargs: object) -> Result:
 def test_one_request_alone_takes_its_prompt_and_its_steps() -> None:
     result = run("mono:1xA100 80GB", requests((3.0, 1000, 11)))
     e = Efficiency()
-    slices = SliceCost(
-        SMALL, Devices(device=DEVICES["A100 80GB"]), dtype="fp16", efficiency=e
-    )
+    slices = SliceCost(SMALL, Devices(device=DEVICES["A100 80GB"]), dtype="fp16", efficiency=e)
     assert result.ttft_s is not None
     assert result.tbt_s is not None
     assert result.ttft_s.mean == pytest.approx(slices.seconds(1000, 1), rel=0.03)
@@ -87,6 +89,58 @@ def test_prompts_are_computed_in_chunks() -> None:
     )
     assert whole.num_steps == 2
     assert chunks.num_steps == 5
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"at_once": True, "decode_only": True},
+        {"at_once": True, "block_size": 4, "max_num_seqs": 20},
+    ],
+    ids=["arriving", "decode only", "few places"],
+)
+def test_letting_steps_pass_changes_nothing(
+    deployment: str, kwargs: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same steps with the same rows at the same times as with a plan for each of them."""
+    # So little memory that pages run short now and then.
+    small = {
+        name: msgspec.structs.replace(DEVICES[name], memory_bytes=num_bytes * 10**9)
+        for name, num_bytes in (("A100 80GB", 20), ("H20", 3), ("L40S", 2))
+    }
+    parsed = parse_deployment(deployment, {**DEVICES, **small})
+    workload = drawn(80, 30.0, prompt=200, output=150)
+    log: list[object] = []
+    num_plans = 0
+    record, plan = Instance._record_tokens, SteadyBatcher.plan
+
+    def recording(self: Instance, flight: Flight) -> None:
+        attended = {e: round(tokens, 6) for e, tokens in flight.load.attended.items()}
+        budget = self.batcher.budget
+        used = [budget.used(e) for e in budget.capacity_pages]
+        rows = sorted(flight.tokens)
+        waiting = self.batcher.num_waiting
+        log.append((self._now_s, flight.plan.micro_batch, rows, attended, waiting, used))
+        record(self, flight)
+
+    def counting(self: SteadyBatcher, micro_batch: int = 0) -> StepPlan | None:
+        nonlocal num_plans
+        num_plans += 1
+        return plan(self, micro_batch)
+
+    monkeypatch.setattr(Instance, "_record_tokens", recording)
+    monkeypatch.setattr(SteadyBatcher, "plan", counting)
+    outcomes = []
+    for step_by_step in (True, False):
+        log, num_plans = [], 0
+        options = Settings(dtype="fp16", step_by_step=step_by_step, **kwargs)  # type: ignore[arg-type]
+        outcomes.append((simulate(SMALL, parsed, workload, options), log, num_plans))
+    (by_steps, steps, num_planned), (passing, steps_too, num_planned_passing) = outcomes
+    assert steps_too == steps
+    assert passing == by_steps
+    assert num_planned_passing < num_planned
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)

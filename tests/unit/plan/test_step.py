@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lamina.plan.cost import Devices, Efficiency
 from lamina.plan.hardware import load_devices
-from lamina.plan.model import load_model
+from lamina.plan.model import load_model, model_cost
 from lamina.plan.profile import HopTime, Profile
 from lamina.plan.step import StepCost, StepLoad, StepTimes, round_s
 from lamina.sched import pipeline
@@ -88,6 +88,28 @@ def test_early_q_hides_the_projection_of_k_and_v() -> None:
     load = decode(100, 4000)
     assert early.times(load).own_s < late.times(load).own_s
     assert early.times(load).model_s == late.times(load).model_s
+
+
+def test_parallel_layers_compute_their_mlp_while_attention_is_away() -> None:
+    config = {
+        "model_type": "phi", "hidden_size": 4096, "intermediate_size": 16384,
+        "num_hidden_layers": 40, "num_attention_heads": 32, "vocab_size": 32000,
+    }  # fmt: skip
+    one_by_one = {**config, "model_type": "llama", "intermediate_size": 16384 * 2 // 3}
+    times = []
+    for entry in (config, one_by_one):
+        cost = StepCost(
+            model_cost(entry, name="made up"),
+            Devices(device=DEVICES["H100"]),
+            {1: Devices(device=DEVICES["H20"])},
+            dtype="fp16",
+            efficiency=Efficiency(),
+        )
+        times.append(cost.times(decode(64, 500)))
+    parallel, serial = times
+    assert parallel.model_s == pytest.approx(serial.model_s, rel=0.02)
+    mlp_share = 16384 / (16384 + 2 * 4096)
+    assert serial.own_s - parallel.own_s == pytest.approx(mlp_share * serial.model_s, rel=0.02)
 
 
 def test_two_micro_batches_hide_attention_behind_slices() -> None:

@@ -117,6 +117,25 @@ def test_a_page_stays_free_for_a_sequence_that_will_need_it() -> None:
     assert [span.sequence for span in plan.spans] == [1], "b would take the page that a needs next"
 
 
+def test_a_page_stays_free_for_those_that_run_already() -> None:
+    batcher = make_batcher({LOCAL: 8, 1: 16})
+    batcher.add(make_request("a", 4 * PAGE, max_tokens=8))
+    plan = batcher.plan()
+    assert plan is not None
+    batcher.apply(plan, {1: 5})
+    # The fifth page of a is taken now, so of six lane pages two stay free for its sixth.
+    batcher.add(make_request("b", 3 * PAGE, max_tokens=8))
+    plan = batcher.plan()
+    assert plan is not None
+    assert [span.sequence for span in plan.spans] == [1]
+    batcher.apply(plan, {1: 5})
+    batcher.abort("b")
+    batcher.add(make_request("c", 2 * PAGE, max_tokens=8))
+    plan = batcher.plan()
+    assert plan is not None
+    assert [span.sequence for span in plan.spans] == [1, 3]
+
+
 def test_the_youngest_is_preempted_and_recomputed_with_its_tokens() -> None:
     batcher = make_batcher({LOCAL: 8, 1: 16})
     executors = LaneExecutors(batcher)
