@@ -172,7 +172,7 @@ class AggregateInstance:
                 return
             if not facts.decode_only:
                 rows = len(self._running) + sum(p.prompt - p.done for p in self._prompts)
-                if self._prompts and rows >= facts.max_rows:
+                if self._prompts and rows >= facts.max_rows * facts.depth:
                     return
             self._waiting.popleft()
             if not request.has_begun:
@@ -201,34 +201,30 @@ class AggregateInstance:
         return load
 
     def _prompt_step(self) -> None:
-        """One step, with rows of prompts in one of the micro-batches."""
+        """One step of every micro-batch, with rows of prompts in as few of them as hold them."""
         facts, totals = self._facts, self._totals
         count = len(self._running)
-        cost, depth = facts.cost, min(facts.depth, count + 1)
-        alone = self._load(count / depth, (self._tokens + count) / depth)
-        load = self._load(count / depth, (self._tokens + count) / depth)
-        left = max(1, facts.max_rows - load.rows)
+        cost, depth = facts.cost, facts.depth
+        loads: list[StepLoad] = []
         ended: list[_Request] = []
-        for request in self._prompts:
-            rows = min(left, request.prompt - request.done)
-            if rows <= 0:
-                break
-            load.prompts.append((rows, request.done))
-            load.rows += rows
-            for executor, share in facts.shares.items():
-                if executor != LOCAL:
-                    load.stored[executor] = load.stored.get(executor, 0.0) + rows * share
-            request.done += rows
-            left -= rows
-            if request.done == request.prompt:
+        pending = iter(self._prompts)
+        request: _Request | None = next(pending)
+        for _ in range(depth):
+            load = self._load(count / depth, (self._tokens + count) / depth)
+            while request is not None and load.rows < facts.max_rows:
+                self._add_rows(load, request)
+                if request.done < request.prompt:
+                    break
+                load.logit_rows += 1
                 ended.append(request)
-        load.logit_rows += len(ended)
-        others = [cost.times(alone)] * (depth - 1) if count else []
-        seconds = cost.step_s(round_s(cost.times(load), others, facts.num_replicas))
-        self._work(load, 1)
-        if count and depth > 1:
-            self._work(alone, depth - 1)
-        self._pass(seconds, 1, depth)
+                request = next(pending, None)
+            if load.rows:
+                loads.append(load)
+        times = [cost.times(load) for load in loads]
+        seconds = cost.step_s(round_s(times[0], times[1:], facts.num_replicas))
+        for load in loads:
+            self._work(load, 1)
+        self._pass(seconds, 1, len(loads))
         del self._prompts[: len(ended)]
         for request in ended:
             self._prompt_tokens -= request.prompt
@@ -239,6 +235,16 @@ class AggregateInstance:
             self._count(1)
             if request.output:
                 self._join(request)
+
+    def _add_rows(self, load: StepLoad, request: _Request) -> None:
+        """As many rows of its prompt as the step still takes."""
+        rows = min(self._facts.max_rows - load.rows, request.prompt - request.done)
+        load.prompts.append((rows, request.done))
+        load.rows += rows
+        request.done += rows
+        for executor, share in self._facts.shares.items():
+            if executor != LOCAL:
+                load.stored[executor] = load.stored.get(executor, 0.0) + rows * share
 
     def _stretch(self, time_s: float) -> None:
         """Steps of decode rows alone, up to the next event."""
