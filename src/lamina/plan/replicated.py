@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from typing import Literal
 
 import msgspec
@@ -38,7 +38,9 @@ from lamina.types import LOCAL
 
 Routing = Literal["turns", "two-choices"]
 GROUPS = 16
-"""Most parts that the instances are divided into."""
+"""Most groups that the instances are divided into."""
+CHOICE = 16
+"""Instances that the router of a group can choose from, at least, if there are so many."""
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -98,7 +100,8 @@ def simulate_replicated(
     summary = workload.summary()
     start_s = arrivals[0].time_s
     last_s = 0.0 if settings.at_once else arrivals[-1].time_s - start_s
-    groups = min(GROUPS, instances)
+    least = 1 if routing == "turns" else CHOICE
+    groups = max(1, min(GROUPS, instances // least))
     parts = []
     for group in range(groups):
         own = [a for i, a in enumerate(arrivals) if i % instances % groups == group]
@@ -144,9 +147,7 @@ def _run(parts: Sequence[_Part], jobs: int) -> Iterator[Totals]:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = [pool.submit(_simulate_part, part) for part in parts]
-        for future in as_completed(futures):
-            yield future.result()
+        yield from pool.map(_simulate_part, parts)  # in their order, as sums depend on it
 
 
 def _site(part: _Part) -> Site:
