@@ -88,11 +88,18 @@ def test_decode_only_at_once() -> None:
     assert deviation(fast.ttft_s.p50, exact.ttft_s.p50) < 0.05
 
 
-def replicated(instances: int, workload: Workload, routing: Routing = "turns", jobs: int = 1,
-               deployment: str = "mono:1xA100 80GB") -> Result:  # fmt: skip
+def replicated(
+    instances: int,
+    workload: Workload,
+    routing: Routing = "turns",
+    *,
+    jobs: int = 1,
+    deployment: str = "mono:1xA100 80GB",
+    settings: Settings | None = None,
+) -> Result:
     parsed = parse_deployment(deployment, DEVICES)
     return simulate_replicated(
-        MODEL, parsed, workload, instances=instances, routing=routing, jobs=jobs
+        MODEL, parsed, workload, settings, instances=instances, routing=routing, jobs=jobs
     )
 
 
@@ -119,8 +126,10 @@ def test_results_do_not_depend_on_the_number_of_processes() -> None:
 
 
 def test_two_choices_wait_less_than_turns() -> None:
-    workload = drawn(1200, 26.0, output=300)
-    turns, choices = replicated(6, workload), replicated(6, workload, "two-choices")
+    workload = drawn(1200, 6.5, output=300)
+    few = Settings(max_num_seqs=4)  # long answers block an instance for a while
+    turns = replicated(6, workload, settings=few)
+    choices = replicated(6, workload, "two-choices", settings=few)
     assert turns.num_output_tokens == choices.num_output_tokens
     assert turns.ttft_s is not None
     assert choices.ttft_s is not None
