@@ -55,7 +55,8 @@ class Inbox {
   virtual std::span<const std::byte> wait(uint64_t seq, double deadline,
                                           std::optional<size_t> num_bytes) = 0;
 
-  /// Whether message `seq` is here, before any other that was not discarded. Never blocks.
+  /// Whether message `seq` is here, before any other that was not discarded. Takes in what has come.
+  /// Never blocks, and leaves it to waits to say that the peer is gone.
   virtual bool holds(uint64_t seq) = 0;
 
   /// Whether `wait(seq)` would return or fail at once because of what was received. Discards

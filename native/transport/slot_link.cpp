@@ -219,7 +219,7 @@ void SlotLink::check() {
 }
 
 void SlotLink::peer_lost() {
-  throw_broken({Kind::peer_lost, "closed the link or died", peer_});
+  throw_broken({Kind::peer_lost, loss(), peer_});
 }
 
 void SlotLink::broken(const TransportFailure& error) {

@@ -58,12 +58,14 @@ class Source {
   }
 
   /// Take in some of what has come; true if there was anything. `expected`: the mailbox that it is
-  /// probably for; may be null. Never blocks; throws PeerLost when nothing more can come.
+  /// probably for; may be null. Never blocks.
   virtual bool receive(Inbox* expected) = 0;
 
-  /// Whether nothing more can come, though `receive` does not say so. `is_thorough`: may cost a
-  /// system call.
+  /// Whether nothing more can come. `is_thorough`: may cost a system call.
   virtual bool is_peer_gone(bool is_thorough) = 0;
+
+  /// How that is said.
+  virtual std::string loss() const { return "closed the link or died"; }
 
   /// What is rung when something changes; null if `polled` tells.
   virtual Doorbell* doorbell() = 0;

@@ -80,10 +80,12 @@ bool TcpLink::receive(Inbox* expected) {
 /// What comes next may have no place until a message of another link was taken: no reason to fail, but
 /// then only the end of the connection shows that the peer is gone.
 bool TcpLink::is_peer_gone(bool is_thorough) {
-  if (!is_stuck_ || !is_thorough) return false;
-  std::unique_lock<std::mutex> lock;
-  pollfd one = polled(lock);
-  return ::poll(&one, 1, 0) == 1;
+  if (end_.empty() && is_stuck_ && is_thorough) {
+    std::unique_lock<std::mutex> lock;
+    pollfd one = polled(lock);
+    if (::poll(&one, 1, 0) == 1) end_ = "closed the connection";
+  }
+  return !end_.empty();
 }
 
 pollfd TcpLink::polled(std::unique_lock<std::mutex>& lock) {
@@ -105,6 +107,7 @@ void TcpLink::until(const Ready& ready, const Describe& what, double deadline,
         case Received::no_room:
           stuck();
         case Received::none:
+          check_end();
           break;
       }
       failure_.check();
@@ -129,6 +132,7 @@ void TcpLink::send(const std::byte* data, size_t num_bytes, uint16_t mailbox, ui
     Received received;
     try {
       received = receive_some(nullptr);
+      check_end();
     } catch (const TransportFailure& failure) {
       if (failure.kind == Kind::protocol) throw_broken(failure);
       throw;
@@ -189,6 +193,10 @@ void TcpLink::lost(const std::string& reason) {
   throw_broken({Kind::peer_lost, reason, peer_});
 }
 
+void TcpLink::check_end() {
+  if (!end_.empty()) lost(end_);
+}
+
 void TcpLink::broken(const TransportFailure& error) {
   if (!failure_.set(error)) return;
   // Ends the connection, which wakes this side's thread and the peer.
@@ -243,6 +251,13 @@ std::span<const std::byte> TcpInbox::wait(uint64_t seq, double deadline,
   } catch (const TransportFailure& failure) {
     link_.throw_broken(failure);
   }
+}
+
+bool TcpInbox::holds(uint64_t seq) {
+  while (!reader_.holds(seq)) {
+    if (!link_.receive(this)) return false;
+  }
+  return true;
 }
 
 bool TcpInbox::is_due(uint64_t seq) {

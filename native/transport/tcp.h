@@ -63,6 +63,7 @@ class TcpLink : public Link, public Source {
   void broken(const TransportFailure& error) override;
   bool receive(Inbox* expected) override;
   bool is_peer_gone(bool is_thorough) override;
+  std::string loss() const override { return end_; }
   Doorbell* doorbell() override { return nullptr; }
   pollfd polled(std::unique_lock<std::mutex>& lock) override;
 
@@ -90,6 +91,7 @@ class TcpLink : public Link, public Source {
   FrameHeader parse(const std::byte* data) const;
 
   [[noreturn]] void lost(const std::string& reason);
+  void check_end();
   [[noreturn]] void stuck();
   void poll(short events, double deadline);
 
@@ -109,6 +111,7 @@ class TcpLink : public Link, public Source {
 
   // The frame that is being received: its header, its mailbox once there is room, what is there.
   bool is_stuck_ = false;  // the last `receive` found a frame that has no place
+  std::string end_;        // why nothing more can be read; empty: it can
   bool has_header_ = false;
   FrameHeader header_ = {};
   TcpInbox* box_ = nullptr;

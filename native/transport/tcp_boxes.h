@@ -37,6 +37,7 @@ class TcpInbox : public SlotInbox {
 
   std::span<const std::byte> wait(uint64_t seq, double deadline,
                                   std::optional<size_t> num_bytes) override;
+  bool holds(uint64_t seq) override;
   bool is_due(uint64_t seq) override;
   Source& source() override { return link_; }
 

@@ -33,6 +33,7 @@ std::string shown(const char* bytes, size_t count) {
 
 /// `expected`: the mailbox that the next frame is probably for; null: unknown.
 TcpLink::Received TcpLink::receive_some(TcpInbox* expected) {
+  if (!end_.empty()) return Received::none;
   if (expected != nullptr && !has_header_ && staged_begin_ == staged_end_ &&
       expected->last_num_bytes > kStagingBytes && expected->writer.has_room()) {
     return receive_expected(*expected);
@@ -129,9 +130,13 @@ bool TcpLink::read_parts(const iovec* parts, int num_parts, size_t& num_read) {
   if (count < 0) {
     const int error = errno;
     if (error == EAGAIN || error == EINTR) return false;
-    lost(std::string("the connection broke: ") + std::strerror(error));
+    end_ = std::string("the connection broke: ") + std::strerror(error);
+    return false;
   }
-  if (count == 0) lost("closed the connection");
+  if (count == 0) {
+    end_ = "closed the connection";
+    return false;
+  }
   num_read = static_cast<size_t>(count);
   return true;
 }

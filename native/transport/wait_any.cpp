@@ -116,7 +116,7 @@ void WaitSet::check_peers(std::span<const Awaited> awaited, size_t& found, bool 
     source->check_failure();
     if (!source->is_peer_gone(is_thorough)) continue;
     if (find(awaited, found)) return;
-    source->throw_broken({Kind::peer_lost, "closed the link or died", source->peer()});
+    source->throw_broken({Kind::peer_lost, source->loss(), source->peer()});
   }
 }
 

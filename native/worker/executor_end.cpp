@@ -1,7 +1,5 @@
 #include "worker/executor_end.h"
 
-#include "transport/source.h"
-
 namespace lamina {
 
 ExecutorEnd::ExecutorEnd(Link& link, std::vector<LayerUnit> layers, int64_t num_units,
@@ -46,11 +44,7 @@ void ExecutorEnd::post_kv(int micro_batch, int layer, uint64_t number, const std
 
 bool ExecutorEnd::has_out(int micro_batch, uint64_t number) {
   Channel& channel = channels_[micro_batch];
-  if (channel.attending.num_cells() == 0) return true;
-  while (!channel.out->holds(number)) {
-    if (!channel.out->source().receive(channel.out)) return false;
-  }
-  return true;
+  return channel.attending.num_cells() == 0 || channel.out->holds(number);
 }
 
 const std::byte* ExecutorEnd::wait_out(int micro_batch, int layer, uint64_t number,

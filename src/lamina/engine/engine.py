@@ -11,13 +11,18 @@ import torch
 
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel
+from lamina.engine.events import StepRecord
 from lamina.engine.messages import EngineStats, ExecutorStats, ModelInfo
+from lamina.engine.pacing import Pacing
 from lamina.engine.sampler import Sampler
 from lamina.engine.steps import PlannedStep
 from lamina.engine.timeline import Timeline
+from lamina.kv.pages import bytes_per_page, cache_dtype_name
 from lamina.sched.batcher import Batcher
+from lamina.sched.depth import DepthPolicy
 from lamina.sched.sequence import Finish
-from lamina.types import EngineRequest, FinishReason, SequenceOutput, TokenLogprobs
+from lamina.sched.weights import WorkerWeights
+from lamina.types import EngineRequest, FinishReason, SequenceOutput, StepPlan, TokenLogprobs
 from lamina.workers.deployment import Deployment
 from lamina.workers.fleet import ExecutorFleet
 from lamina.workers.model import StepInputs
@@ -61,6 +66,9 @@ class Engine:
             max_model_len=deployment.max_model_len,
         )
         self.timeline = Timeline(fleet.name)
+        self._pacing = _pacing(config, model, deployment, fleet)
+        self._batcher.depth = self._pacing.depth
+        self._plans: dict[int, StepPlan] = {}  # of steps whose records are to come
         self._in_flight: dict[int, PlannedStep] = {}
         self._outputs: list[SequenceOutput] = []  # of steps collected outside of `step`
         self._num_prompt_tokens = 0
@@ -196,16 +204,28 @@ class Engine:
         end_s = time.monotonic()
         self._sample_s += end_s - logits_s
         self._num_steps += 1
-        self.timeline.add(
+        if step.plan.spans:
+            self._plans[step.plan.step] = step.plan
+        records = self.timeline.add(
             finished,
             begin_s=step.begin_s,
             planned_s=step.planned_s,
             logits_s=logits_s,
             end_s=end_s,
         )
-        if not self._in_flight:
-            self.timeline.flush()
+        if not self._batcher.has_work:
+            records += self.timeline.flush()
+        for record in records:
+            self._take_note(record)
         return outputs
+
+    def _take_note(self, record: StepRecord) -> None:
+        """Let the policies see a step, and follow them."""
+        plan = self._plans.pop(record.step)
+        weights = self._pacing.observe(record, plan, self._batcher.num_decoding)
+        if weights is not None:
+            self._batcher.placer.weights.update(weights)
+        self._batcher.depth = self._pacing.depth
 
     def _apply(self, step: PlannedStep, finished: Finished) -> list[SequenceOutput]:
         """Sample, and commit the step. Sequences aborted meanwhile add nothing."""
@@ -248,6 +268,31 @@ class Engine:
         for request_id, entries in scored.items():
             outputs.append(SequenceOutput(request_id=request_id, prompt_logprobs=entries))
         return outputs
+
+
+def _pacing(
+    config: EngineConfig, model: SlicedModel, deployment: Deployment, fleet: ExecutorFleet
+) -> Pacing:
+    weights = WorkerWeights(
+        deployment.remote, num_layers=model.num_layers, fixed=deployment.weights
+    )
+    for executor, speed in fleet.read_bytes_per_s.items():
+        weights.probe(executor, speed, 0.0)
+    dtype = str(model.dtype).removeprefix("torch.")
+    page_bytes = bytes_per_page(
+        model.attention_specs, config.block_size, cache_dtype_name(config.kv_cache_dtype, dtype)
+    )
+    return Pacing(
+        weights,
+        DepthPolicy(
+            deployment.max_depth,
+            num_replicas=deployment.num_replicas,
+            shares_cores=deployment.shares_cores,
+            fixed=config.pipeline_depth,
+        ),
+        {fleet.name(executor): executor for executor in deployment.num_pages},
+        page_bytes / (config.block_size * deployment.units),
+    )
 
 
 def _output(

@@ -80,16 +80,8 @@ class ClockOffset:
 class Timeline:
     """Makes records of steps and keeps the last ones. One thread uses it."""
 
-    def __init__(
-        self,
-        executor_name: Callable[[int], str],
-        *,
-        num_steps: int = NUM_STEPS,
-        on_record: Callable[[StepRecord], None] | None = None,
-    ) -> None:
-        """`on_record`: is given every record once it is complete, in the order of the ends."""
+    def __init__(self, executor_name: Callable[[int], str], *, num_steps: int = NUM_STEPS) -> None:
         self._executor_name = executor_name
-        self._on_record = on_record
         self._pending: deque[_Pending] = deque()
         self._records: deque[StepRecord] = deque(maxlen=num_steps)
         self._offsets: dict[int, ClockOffset] = {}
@@ -108,8 +100,12 @@ class Timeline:
         planned_s: float,
         logits_s: float,
         end_s: float,
-    ) -> None:
-        """Take down a step that is through, and the reports that came with it."""
+    ) -> list[StepRecord]:
+        """Take down a step that is through, and the reports that came with it.
+
+        Returns:
+            Records that are complete now, in the order in which the steps ended.
+        """
         plan = finished.plan
         if plan.spans:
             record = StepRecord(
@@ -129,23 +125,25 @@ class Timeline:
                 if pending.record.step == report.step:
                     pending.reports[report.executor] = report.times
                     break
+        complete = []
         while self._pending and (
             self._pending[0].reports.keys() >= self._pending[0].expected
             or len(self._pending) > _MOST_LATE
         ):
-            self._complete(self._pending.popleft())
+            complete.append(self._complete(self._pending.popleft()))
+        return complete
 
-    def flush(self) -> None:
-        """Give up on reports that have not come: nothing is in flight any more."""
-        while self._pending:
-            self._complete(self._pending.popleft())
+    def flush(self) -> list[StepRecord]:
+        """Give up on reports that have not come. Returns as `add`."""
+        pending, self._pending = self._pending, deque()
+        return [self._complete(step) for step in pending]
 
     def clock_offset(self, executor: int) -> float:
         """Seconds to add to the executor's clock to get the engine's; 0 before it is known."""
         offset = self._offsets.get(executor)
         return 0.0 if offset is None else offset.seconds
 
-    def _complete(self, pending: _Pending) -> None:
+    def _complete(self, pending: _Pending) -> StepRecord:
         attention = []
         for executor, times_L4 in sorted(pending.reports.items()):
             offset = self._offset(executor, pending.record.model, times_L4)
@@ -153,8 +151,7 @@ class Timeline:
             attention.append(WorkerTimes(self._executor_name(executor), times))
         record = pending.record._replace(attention=tuple(attention))
         self._records.append(record)
-        if self._on_record is not None:
-            self._on_record(record)
+        return record
 
     def _offset(self, executor: int, model: tuple[WorkerTimes, ...], times_L4: Times) -> float:
         offset = self._offsets.setdefault(executor, ClockOffset())

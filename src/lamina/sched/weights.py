@@ -50,6 +50,10 @@ class WorkerWeights:
         assert round_trip_s >= 0, "a probe takes time"
         self._speeds[executor].start(bytes_per_s, round_trip_s)
 
+    def note_round_trip(self, executor: int, seconds: float) -> None:
+        """A round trip as the steps show it, instead of the probe's."""
+        self._speeds[executor].round_trip_s = seconds
+
     def observe(self, executor: int, kv_bytes: float, seconds: float) -> None:
         """A step of the executor: the KV that it attended to in all layers, and how long it
         computed."""

@@ -60,6 +60,8 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """Of the model worker: of each rank, where there are several."""
     model_cores: tuple[tuple[int, ...], ...]
     """Cores that each rank is kept to, replica by replica; empty: any."""
+    shares_cores: bool
+    """Model and attention workers have more threads than there are cores for them."""
     worker_num_threads: dict[int, int]
     """Of each remote executor."""
     worker_cores: dict[int, tuple[int, ...]]
@@ -158,6 +160,7 @@ def resolve(
         num_threads=config.num_threads
         or max(1, len(config.model_cores or machine.cores) // num_ranks),
         model_cores=(),
+        shares_cores=False,
         worker_num_threads=worker_num_threads,
         worker_cores=dict(
             zip(
@@ -167,10 +170,12 @@ def resolve(
             )
         ),
     )
+    ranks_cores = _deal_cores(config.model_cores, [deployment.num_threads] * num_ranks)
     return msgspec.structs.replace(
         deployment,
         max_model_len=_model_len(config, deployment),
-        model_cores=tuple(_deal_cores(config.model_cores, [deployment.num_threads] * num_ranks)),
+        model_cores=tuple(ranks_cores),
+        shares_cores=_share_cores(deployment, ranks_cores, machine),
     )
 
 
@@ -256,6 +261,18 @@ def _worker_num_threads(config: EngineConfig, machine: Machine) -> dict[int, int
         index + 1: worker.num_threads or config.worker_num_threads or share
         for index, worker in enumerate(workers)
     }
+
+
+def _share_cores(
+    deployment: Deployment, ranks_cores: Sequence[tuple[int, ...]], machine: Machine
+) -> bool:
+    """Whether model and attention workers compute in each other's way."""
+    model = {core for cores in ranks_cores for core in cores}
+    attention = {core for cores in deployment.worker_cores.values() for core in cores}
+    if model and attention:
+        return bool(model & attention)
+    num_threads = deployment.num_ranks * deployment.num_threads
+    return num_threads + sum(deployment.worker_num_threads.values()) > len(machine.cores)
 
 
 def _check_cores(config: EngineConfig, machine: Machine) -> None:

@@ -31,6 +31,7 @@ class PythonFleet:
 
     def __init__(self, executors: Sequence[PythonExecutor]) -> None:
         self.executors = {x.end.executor: x for x in executors}
+        self.read_bytes_per_s = {e: 1e9 for e in self.executors if e}
 
     def name(self, executor: int) -> str:
         return f"worker-{executor}" if executor else "local"

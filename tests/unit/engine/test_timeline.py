@@ -47,18 +47,16 @@ def finished(step: int, start: float, *reports: Report, executors: int = 2) -> F
     )  # fmt: skip
 
 
-def add(timeline: Timeline, step: Finished, start: float) -> None:
-    timeline.add(
+def add(timeline: Timeline, step: Finished, start: float) -> list[StepRecord]:
+    return timeline.add(
         step, begin_s=start - 0.2, planned_s=start - 0.1, logits_s=start + 4.5, end_s=start + 5
     )
 
 
 def test_a_record_has_what_every_worker_did() -> None:
-    seen: list[StepRecord] = []
-    timeline = Timeline(NAMES.__getitem__, on_record=seen.append)
-    add(timeline, finished(7, 100.0, report(1, 7, 100.0), report(2, 7, 100.0)), 100.0)
-    (record,) = timeline.records
-    assert seen == [record]
+    timeline = Timeline(NAMES.__getitem__)
+    (record,) = add(timeline, finished(7, 100.0, report(1, 7, 100.0), report(2, 7, 100.0)), 100.0)
+    assert timeline.records == (record,)
     assert (record.step, record.micro_batch, record.num_rows) == (7, 1, 3)
     assert (record.begin_s, record.planned_s, record.logits_s, record.end_s) == (
         99.8, 99.9, 104.5, 105,

@@ -116,18 +116,18 @@ def test_requests_are_answered_by_number(server: ControlServer, client: Make) ->
         second = pool.submit(server.request, "worker", ShutdownWorker(), soon())
         two = worker.receive(soon())
         assert isinstance(two.message, ShutdownWorker)
-        worker.reply(two, Assigned(7))
+        worker.reply(two, Assigned(7, 1e10))
         reply = IntegrityReply(problems=("a",), pages_used=1, pages_total=2, sequences=(3,))
         worker.reply(one, reply)
         assert first.result() == reply
-        assert second.result() == Assigned(7)
+        assert second.result() == Assigned(7, 1e10)
 
 
 def test_request_without_an_answer(server: ControlServer, client: Make) -> None:
     worker = client()
     with pytest.raises(DeadlineExceeded, match=r"^worker: did not answer IntegrityQuery"):
         server.request("worker", IntegrityQuery(), soon(0.1))
-    worker.reply(worker.receive(soon()), Assigned(1))  # too late, and harmless
+    worker.reply(worker.receive(soon()), Assigned(1, 1e10))  # too late, and harmless
     with pytest.raises(DeadlineExceeded):
         worker.receive(soon(0.1))
     assert server.lost("worker") is None
@@ -333,7 +333,12 @@ def test_strangers_and_garbage(server: ControlServer, client: Make, losses: Loss
     stranger.curve_serverkey = server.token.server_public_key.encode()
     stranger.connect(f"tcp://{server.address}")
     try:
-        for data in (b"", b"\xff" * 100, pack_control(Goodbye("x")), pack_control(Assigned(1), 5)):
+        for data in (
+            b"",
+            b"\xff" * 100,
+            pack_control(Goodbye("x")),
+            pack_control(Assigned(1, 1e10), 5),
+        ):
             stranger.send(data)
             assert stranger.poll(2000)
             assert isinstance(unpack_control(stranger.recv(), "server").message, Refused)

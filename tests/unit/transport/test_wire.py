@@ -22,6 +22,7 @@ from lamina.transport.wire import (
     IntegrityReply,
     Join,
     JoinRequest,
+    LinkAddress,
     Welcome,
     WorkerError,
 )
@@ -37,11 +38,13 @@ SPECS = st.builds(
     st.integers(0, 100), st.integers(1, 16), st.integers(1, 8), st.integers(1, 512),
     st.floats(1e-6, 1e6), st.none() | st.integers(1, 2**20), st.none() | st.floats(1, 100),
 )  # fmt: skip
+LINKS = st.builds(LinkAddress, TEXT, st.binary(max_size=64))
 ASSIGN = st.builds(
     Assign, executor=U16, specs=st.lists(SPECS, max_size=4).map(tuple),
     sinks=st.lists(st.none() | st.binary(max_size=64), max_size=4).map(tuple),
     dtype=TEXT, num_pages=U64, page_tokens=U16, max_rows=U16,
-    max_spans=U16, tensor_address=TEXT, secret=st.binary(max_size=64),
+    max_spans=U16, units=U16, page_units=U16, num_micro_batches=U16, num_ranks=U16,
+    plan_link=LINKS, tensor_links=st.lists(LINKS, max_size=4).map(tuple),
     fingerprint=TEXT, step_deadline_s=st.floats(0, 1e9), busy_poll_s=st.floats(0, 1),
     kv_cache_dtype=st.sampled_from(["auto", "int8"]),
 )  # fmt: skip
