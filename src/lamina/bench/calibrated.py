@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from lamina.bench.placements import Placement, device_name
+from lamina.bench.placements import Placement
 from lamina.plan.hardware import Device
 from lamina.plan.model import ModelCost
 from lamina.plan.profile import (
@@ -20,6 +20,7 @@ from lamina.plan.profile import (
     SideBySide,
     SlicesTime,
     Surface,
+    thread_device,
 )
 
 
@@ -117,7 +118,7 @@ def make_profile(
             if ("read", count) in samples
         ),
         slices=tuple(
-            SlicesTime(device=device_name(count), seconds=_slices(samples, count, grid))
+            SlicesTime(device=thread_device(count), seconds=_slices(samples, count, grid))
             for count in threads
         ),
         attention=tuple(
@@ -158,7 +159,7 @@ def _device(
     flops = model.slice_flops(rows, 1) / samples.median("slices", threads, rows)
     rates = [hop.bandwidth_bytes_per_s for hop in hops]
     return Device(
-        name=device_name(threads),
+        name=thread_device(threads),
         kind="cpu",
         flops={"bf16": flops},
         memory_bytes=ram_bytes * threads // all_threads,
@@ -193,7 +194,7 @@ def _attention(
             ),
         )
     return AttentionTime(
-        device=device_name(threads),
+        device=thread_device(threads),
         workers=workers,
         decode=Surface(
             sizes=tuple(map(float, grid.batches)),

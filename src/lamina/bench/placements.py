@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from lamina.config import AttentionWorkerConfig, EngineConfig
+from lamina.plan.profile import thread_device
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,21 +29,17 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def device(self) -> str:
-        return device_name(self.threads)
+        return thread_device(self.threads)
 
     @property
     def worker_device(self) -> str:
-        return device_name(self.worker_threads)
+        return thread_device(self.worker_threads)
 
     def deployment(self, depth: int = 1) -> str:
         """As the planner writes it (`plan.deployment`)."""
         if not self.workers:
             return f"mono:{self.device}"
         return f"dop:{self.device}/{self.workers}x{self.worker_device},depth={depth}"
-
-
-def device_name(threads: int) -> str:
-    return f"cpu-{threads}"
 
 
 def placements(cores: Sequence[int]) -> dict[str, Placement]:
@@ -93,6 +90,7 @@ def placed_config(
         attention="remote" if remote else "local",
         attention_workers=(AttentionWorkerConfig(),) * max(1, placement.workers),
         attention_partition="heads" if placement.workers > 1 else "auto",
+        attention_weights=(1.0,) * placement.workers or None,
         num_threads=placement.threads,
         model_cores=placement.cores,
         worker_num_threads=placement.worker_threads or None,

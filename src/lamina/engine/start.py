@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel, convert
 from lamina.engine.engine import Engine
+from lamina.engine.priors import read_priors
 from lamina.kv.pages import cache_dtype_name
 from lamina.workers.deployment import Machine, resolve
 from lamina.workers.fleet import ExecutorFleet
@@ -57,6 +58,7 @@ def start_engine(
         model.max_model_len,
         this_machine(),
     )
+    priors = read_priors(config, deployment)
     limit_threads(deployment.num_threads)
     pool = pinned_pool(deployment.num_threads, config.model_cores)
     if not is_given:
@@ -75,7 +77,7 @@ def start_engine(
         num_micro_batches=deployment.max_depth,
         step_deadline_s=config.step_deadline_s,
     )
-    return StartedEngine(Engine(config, model, deployment, fleet, pipeline), fleet)
+    return StartedEngine(Engine(config, model, deployment, fleet, pipeline, priors), fleet)
 
 
 def this_machine() -> Machine:

@@ -21,6 +21,11 @@ from lamina.plan.hardware import Device
 VERSION = 1
 
 
+def thread_device(num_threads: int) -> str:
+    """What `lamina calibrate` calls so many threads of a machine."""
+    return f"cpu-{num_threads}"
+
+
 def _check_grid(grid: Sequence[float], what: str) -> None:
     if not grid or any(b <= a for a, b in pairwise(grid)) or grid[0] < 0:
         raise ConfigError(f"{what} must be increasing numbers of at least 0, got {list(grid)}")
