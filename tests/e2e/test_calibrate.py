@@ -10,8 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from lamina.cli.main import app
+from lamina.engine.llm import LLM
 from lamina.errors import ConfigError
 from lamina.plan.profile import read_profile
+from lamina.types import SamplingParams
 from support.families import save_tiny_model
 
 
@@ -42,6 +44,12 @@ def test_calibrate_then_simulate(tmp_path: Path) -> None:
     results = json.loads(result.stdout)
     assert [r["deployment"] for r in results] == ["mono:1xcpu-1", "dop:1xcpu-1/1xcpu-1,depth=2"]
     assert all(r["tokens_per_s"] > 0 for r in results)
+    threads = {"num_threads": 1, "worker_num_threads": 1}
+    with LLM(tmp_path, profile=str(file), max_model_len=64, **threads) as llm:
+        (completion,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert len(completion.answers[0].token_ids) == 4
+    with pytest.raises(ConfigError, match="cpu-2"):
+        LLM(tmp_path, profile=str(file), max_model_len=64, num_threads=2)
 
 
 def test_cores_that_are_not_there() -> None:
