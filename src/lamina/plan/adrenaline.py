@@ -207,7 +207,7 @@ def _run(deployment: str, workload: Workload) -> Outcome:
     )
     assert result.ttft_s is not None, "requests were served"
     assert result.tbt_s is not None, "tokens came"
-    decode, prefill = result.pools
+    prefill, decode = result.pools
     return Outcome(
         ttft_s=result.ttft_s.mean,
         tpot_ms=1e3 * result.tbt_s.mean,

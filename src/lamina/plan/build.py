@@ -66,9 +66,11 @@ class Site(NamedTuple):
     """An instance and the pools that it runs on."""
 
     instance: Instance
-    model: Pool
-    model_role: str
-    attention: dict[int, Pool]
+    role: str
+    """Of the model's devices."""
+    model: int
+    """Their pool, as its place in `deployment.pools`."""
+    attention: dict[int, int]
     """The pool of each executor that is not on the model's devices."""
     weight_bytes: float
     """On the model's devices, all copies."""
@@ -112,7 +114,7 @@ class Builder:
             Devices(device=pool.device, count=pool.count),
             {},
         )
-        return Site(instance, pool, "model and attention", {}, self._weights())
+        return Site(instance, "model and attention", 0, {}, self._weights())
 
     def disaggregated(self, deployment: Disaggregated) -> Site:
         model, replicas = deployment.model, deployment.replicas
@@ -122,12 +124,13 @@ class Builder:
             local = self.pages(room * replicas)
         capacity, page_units = {LOCAL: local}, {LOCAL: self.units}
         executors: dict[int, Devices] = {}
-        pools: dict[int, Pool] = {}
+        pools: dict[int, int] = {}
         mode: Mode = deployment.partition
-        for pool, count in self._workers(deployment):
+        for index, count in self._workers(deployment):
             executor = len(executors) + 1
-            executors[executor] = Devices(device=pool.device, count=count)
-            pools[executor] = pool
+            device = deployment.attention[index].device
+            executors[executor] = Devices(device=device, count=count)
+            pools[executor] = 1 + index
             # One that is alone has all heads of everything, and pages of all heads.
             whole = mode == "requests" or self._are_one(deployment)
             page_units[executor] = self.units if whole else 1
@@ -145,7 +148,7 @@ class Builder:
             early_q=deployment.early_q,
         )
         weight_bytes = self._weights() * replicas
-        return Site(instance, model, "model", pools, weight_bytes)
+        return Site(instance, "model", 0, pools, weight_bytes)
 
     def prefill(self, deployment: PrefillDecode, on_finish: Callable[[int, float], None]) -> Site:
         """One prefill instance."""
@@ -171,7 +174,7 @@ class Builder:
             on_finish=on_finish,
             gives_tokens=False,
         )
-        return Site(instance, pool, "prefill", {}, self._weights())
+        return Site(instance, "prefill", 0, {}, self._weights())
 
     def decode(self, deployment: PrefillDecode) -> Site:
         """The decode instance, with an executor on each prefill instance if it may offload.
@@ -195,8 +198,7 @@ class Builder:
             prompts_are_free=True,
         )
         placer.sequence_of = instance.batcher.sequence
-        attention = dict.fromkeys(executors, deployment.prefill)
-        return Site(instance, pool, "decode", attention, self._weights())
+        return Site(instance, "decode", 1, dict.fromkeys(executors, 0), self._weights())
 
     def offload_bounds(self, deployment: PrefillDecode) -> Bounds:
         """Of the offloading policy; 0 if nothing may be offloaded."""
@@ -286,12 +288,12 @@ class Builder:
             deployment.partition == "heads" and len(pools) == 1 and self.units % pools[0].count == 0
         )
 
-    def _workers(self, deployment: Disaggregated) -> list[tuple[Pool, int]]:
-        """(pool, devices) of every executor."""
+    def _workers(self, deployment: Disaggregated) -> list[tuple[int, int]]:
+        """(attention pool, devices) of every executor."""
         pools = deployment.attention
         if self._are_one(deployment):
-            return [(pools[0], pools[0].count)]
-        return [(pool, 1) for pool in pools for _ in range(pool.count)]
+            return [(0, pools[0].count)]
+        return [(index, 1) for index, pool in enumerate(pools) for _ in range(pool.count)]
 
     def _cost(
         self,

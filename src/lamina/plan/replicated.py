@@ -136,7 +136,9 @@ def simulate_replicated(
         workload,
         instances,
         totals,
-        pools=_pools(site, totals, settings, instances, duration_s, model.kv_bytes_per_token),
+        pools=_pools(
+            deployment, site, totals, settings, instances, duration_s, model.kv_bytes_per_token
+        ),
         last_arrival_s=last_s,
     )
 
@@ -199,6 +201,7 @@ def _num_replicas(deployment: Deployment) -> int:
 
 
 def _pools(
+    deployment: Deployment,
     site: Site,
     totals: Totals,
     settings: Settings,
@@ -219,7 +222,7 @@ def _pools(
         busy.memory_byte_s = shares.get(executor, 0.0)
     return tuple(
         msgspec.structs.replace(pool, count=pool.count * instances)
-        for pool in pool_uses([site], settings, duration_s)
+        for pool in pool_uses(deployment.pools, [site], settings, duration_s)
     )
 
 

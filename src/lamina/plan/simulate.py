@@ -59,8 +59,11 @@ def check_longest(sites: Iterable[Site], deployment: Deployment, longest: int) -
     """
     limit = min(site.instance.batcher.max_model_len for site in sites) - 1
     if longest > limit:
+        where = ""
+        if isinstance(deployment, Disaggregated):
+            where = " (while its prompt is computed, the model workers hold its KV as well)"
         raise CapacityError(
-            f"{deployment} holds {limit} tokens of one sequence at most, the longest "
+            f"{deployment} holds {limit} tokens of one sequence at most{where}, the longest "
             f"request has {longest}; leave out longer requests or use more memory"
         )
 
@@ -165,7 +168,7 @@ class _Simulation:
             tbt_s=times.tbt_s(),
             queue_s=times.queue_s(),
             offloaded_share=offloaded,
-            pools=pool_uses(self._sites, self._settings, duration_s),
+            pools=pool_uses(self._deployment.pools, self._sites, self._settings, duration_s),
             price_per_hour=price,
             price_per_million_tokens=None if price is None else price / 3600 / rate * 1e6,
             energy_j_per_token=None if power is None else power / rate,

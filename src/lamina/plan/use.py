@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from lamina.plan.build import Settings, Site
 from lamina.plan.deployment import Pool
@@ -10,25 +10,32 @@ from lamina.plan.recorder import Busy
 from lamina.plan.results import PoolUse
 
 
-def pool_uses(sites: Iterable[Site], settings: Settings, duration_s: float) -> tuple[PoolUse, ...]:
-    """One entry per pool, in the order in which they come; prefill instances and the executors
-    beside them are one."""
-    pools: dict[int, tuple[list[str], Pool, list[Busy], list[float]]] = {}
-
-    def add(pool: Pool, role: str, busy: Busy, weight_bytes: float) -> None:
-        entry = pools.setdefault(id(pool), ([], pool, [], []))
-        if role not in entry[0]:
-            entry[0].append(role)
-        entry[2].append(busy)
-        entry[3].append(weight_bytes)
-
+def pool_uses(
+    pools: Sequence[Pool], sites: Iterable[Site], settings: Settings, duration_s: float
+) -> tuple[PoolUse, ...]:
+    """One entry per pool of the deployment."""
+    roles: list[list[str]] = [[] for _ in pools]
+    busy: list[list[Busy]] = [[] for _ in pools]
+    weight_bytes = [0.0] * len(pools)
+    sites = list(sites)
     for site in sites:
-        add(site.model, site.model_role, site.instance.model_busy, site.weight_bytes)
-        for executor, pool in site.attention.items():
-            add(pool, "attention", site.instance.busy[executor], 0.0)
+        roles[site.model].append(site.role)
+        busy[site.model].append(site.instance.model_busy)
+        weight_bytes[site.model] += site.weight_bytes
+    for site in sites:
+        for executor, index in site.attention.items():
+            roles[index].append("attention")
+            busy[index].append(site.instance.busy[executor])
     return tuple(
-        _use(" and ".join(roles), pool, busy, sum(weights), settings, duration_s)
-        for roles, pool, busy, weights in pools.values()
+        _use(
+            " and ".join(dict.fromkeys(roles[i])) or "idle",
+            pool,
+            busy[i],
+            weight_bytes[i],
+            settings,
+            duration_s,
+        )
+        for i, pool in enumerate(pools)
     )
 
 

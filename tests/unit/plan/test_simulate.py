@@ -234,9 +234,9 @@ def test_offloading_keeps_to_its_bound_and_enlarges_the_batch() -> None:
     assert without.offloaded_share == 0
     assert 0.2 < offloading.offloaded_share < 0.45
     assert offloading.tokens_per_s > without.tokens_per_s
-    prefill = offloading.pools[-1]
-    assert prefill.role == "attention and prefill"
-    assert prefill.bandwidth > without.pools[-1].bandwidth
+    prefill = offloading.pools[0]
+    assert prefill.role == "prefill and attention"
+    assert prefill.bandwidth > without.pools[0].bandwidth
 
 
 def test_prices_and_energy() -> None:
