@@ -96,6 +96,8 @@ def placed_config(
         worker_num_threads=placement.worker_threads or None,
         worker_cores=placement.worker_cores,
         pipeline_depth=depth if remote else None,
+        heartbeat_timeout_s=20.0,  # a machine that others use as well may be slow, not dead
+        startup_timeout_s=600.0,
     )
 
 
