@@ -152,6 +152,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Copies of the model that the slices of a micro-batch rotate over, each in its own process."""
     tensor_parallel_size: int = 1
     """Processes that each replica's heads and weights are divided among."""
+    profile: str | None = None
+    """File from `lamina calibrate`: pipeline depth and weights start from what it measured."""
     kv_cache_dtype: Literal["auto", "int8"] = "auto"
     """auto: the model's dtype; int8: about half of bfloat16's bytes, with a scale per token and
     head."""

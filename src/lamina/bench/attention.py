@@ -24,6 +24,8 @@ from lamina.types import ceil_div
 
 LEAST_BYTES = 320 << 20
 """Keys and values that a pass reads, over as many layers as that takes: more than caches hold."""
+_MOST_LAYERS = 1024
+"""With less than 320 KiB per layer a pass reads less than that."""
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +42,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     page_tokens: int
     threads: int
+    head_dim_v: int | None = None
+    """None: `head_dim`."""
+    rows: int = 1
+    """Of each sequence: 1 in a decode step, more in a prompt's chunk."""
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,22 +70,26 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 class Subject:
     """A case set up in memory: its layers hold tokens, their pages in random order."""
 
-    def __init__(self, case: Case, pool: _native.ThreadPool) -> None:
+    def __init__(
+        self, case: Case, pool: _native.ThreadPool, least_bytes: int = LEAST_BYTES
+    ) -> None:
         self.case = case
+        dim_k, dim_v = case.head_dim, case.head_dim_v or case.head_dim
         spec = AttentionSpec(
             layer=0,
             num_query_heads=case.kv_heads * case.group,
             num_kv_heads=case.kv_heads,
-            head_dim_k=case.head_dim,
-            head_dim_v=case.head_dim,
+            head_dim_k=dim_k,
+            head_dim_v=dim_v,
             scale=case.head_dim**-0.5,
         )
         scales_bytes = 8 if case.cache_dtype == "int8" else 0
         item_bytes = {"float32": 4, "int8": 1}.get(case.cache_dtype, 2)
-        token_bytes = case.kv_heads * (2 * case.head_dim * item_bytes + scales_bytes)
+        token_bytes = case.kv_heads * ((dim_k + dim_v) * item_bytes + scales_bytes)
         self.layer_bytes = case.batch * case.context * token_bytes
-        self.num_layers = max(1, ceil_div(LEAST_BYTES, self.layer_bytes))
-        pages_each = ceil_div(case.context + 1, case.page_tokens)
+        held_bytes = self.layer_bytes or case.batch * case.rows * token_bytes
+        self.num_layers = min(_MOST_LAYERS, ceil_div(least_bytes, held_bytes))
+        pages_each = ceil_div(case.context + case.rows, case.page_tokens)
         num_pages = case.batch * pages_each
         self._native = _native.PagedAttention(
             layer_specs([spec] * self.num_layers, [None] * self.num_layers),
@@ -94,21 +104,22 @@ class Subject:
         generator = torch.Generator().manual_seed(0)
         dtype: torch.dtype = getattr(torch, case.dtype)
 
-        def rows(count: int, heads: int) -> torch.Tensor:
-            return torch.randn(count, heads, case.head_dim, generator=generator).to(dtype)
+        def rows(count: int, heads: int, dim: int) -> torch.Tensor:
+            return torch.randn(count, heads, dim, generator=generator).to(dtype)
 
-        prompt_k, prompt_v = rows(case.context, case.kv_heads), rows(case.context, case.kv_heads)
-        for sequence in range(case.batch):
+        prompt_k = rows(case.context, case.kv_heads, dim_k)
+        prompt_v = rows(case.context, case.kv_heads, dim_v)
+        for sequence in range(case.batch if case.context else 0):
             pages = self._pages[sequence * pages_each : (sequence + 1) * pages_each]
             step = self._begin([0], [case.context], [0], [pages])
             for layer in range(self.num_layers):
                 self._native.finish(step, layer, prompt_k.data_ptr(), prompt_v.data_ptr(), 0)
         tables = [self._pages[i : i + pages_each] for i in range(0, num_pages, pages_each)]
-        ones = [1] * case.batch
-        self._step = self._begin(ones, ones, [case.context] * case.batch, tables)
-        self._q = rows(case.batch, case.kv_heads * case.group)
-        self._k, self._v = rows(case.batch, case.kv_heads), rows(case.batch, case.kv_heads)
-        self._out = torch.empty_like(self._q)
+        each, count = [case.rows] * case.batch, case.rows * case.batch
+        self._step = self._begin(each, each, [case.context] * case.batch, tables)
+        self._q = rows(count, case.kv_heads * case.group, dim_k)
+        self._k, self._v = rows(count, case.kv_heads, dim_k), rows(count, case.kv_heads, dim_v)
+        self._out = torch.empty(count, case.kv_heads * case.group, dim_v, dtype=dtype)
 
     def run(self) -> float:
         """All layers of one decode step; the seconds that took."""

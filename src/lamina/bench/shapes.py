@@ -54,6 +54,23 @@ SHAPES: dict[str, dict[str, object]] = {
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     },
+    # Llama's architecture with fewer, wider layers: 0.301 B parameters.
+    "llama-0.3b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 1536,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 6,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    },
 }
 
 

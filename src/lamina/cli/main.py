@@ -8,6 +8,7 @@ import typer
 
 from lamina import __version__
 from lamina.cli.bench import app as bench_app
+from lamina.cli.calibrate import calibrate
 from lamina.cli.convert import convert
 from lamina.cli.demo import demo
 from lamina.cli.generate import generate
@@ -28,6 +29,7 @@ app.command()(convert)
 app.command()(demo)
 app.command()(plan)
 app.command()(simulate)
+app.command()(calibrate)
 app.add_typer(bench_app, name="bench")
 
 

@@ -58,6 +58,10 @@ _OPTIONS: dict[str, tuple[Any, object]] = {
     "pipeline_depth": _option(
         str, "auto", "Micro-batches in flight; auto: chosen from measured times.", _ENGINE
     ),
+    "profile": _option(
+        str | None, None,
+        "File from lamina calibrate, for the first choice of pipeline depth and weights.", _ENGINE,
+    ),
     "model_replicas": _option(
         int, 1, "Copies of the model that micro-batches rotate over.", _ENGINE
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -47,6 +49,14 @@ def simulate(
     max_num_seqs: Annotated[int, typer.Option(help="Most running sequences.", min=1)] = 1024,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most rows per step.", min=1)] = 2048,
     block_size: Annotated[int, typer.Option(help="Tokens per KV page.", min=1)] = 16,
+    instances: Annotated[
+        int | None,
+        typer.Option(help="So many equal instances behind a router, simulated fast.", min=1),
+    ] = None,
+    routing: Annotated[
+        Literal["turns", "two-choices"],
+        typer.Option(help="Of instances: in turns, or the less loaded of two drawn at random."),
+    ] = "turns",
     hardware: Annotated[
         Path | None, typer.Option(help="TOML file with devices of your own.")
     ] = None,
@@ -87,12 +97,20 @@ def simulate(
     from lamina.plan.hardware import load_devices
     from lamina.plan.model import load_model
     from lamina.plan.profile import read_profile
-    from lamina.plan.simulate import simulate as run
+    from lamina.plan.replicated import simulate_replicated
+    from lamina.plan.scaling import scaled
+    from lamina.plan.simulate import simulate as simulate_one
     from lamina.plan.workload import open_workload
 
     devices = load_devices(hardware)
-    parsed = [parse_deployment(text, devices) for text in deployments]
     cost = load_model(model)
+    measured = None if profile is None else scaled(read_profile(profile), cost)
+    if measured is not None:
+        devices = measured.with_devices(devices)
+    parsed = [parse_deployment(text, devices) for text in deployments]
+    run: Callable[..., Result] = simulate_one
+    if instances is not None:
+        run = partial(simulate_replicated, instances=instances, routing=routing)
     work = open_workload(workload)
     work = work if requests is None else work.first(requests)
     work = work if rate is None else work.at_rate(rate)
@@ -103,7 +121,7 @@ def simulate(
         block_size=block_size,
         decode_only=decode_only,
         at_once=at_once,
-        profile=None if profile is None else read_profile(profile),
+        profile=measured,
         transport=transport,
         tbt_objective_s=tbt_objective,
     )
@@ -118,7 +136,7 @@ def simulate(
                     deployment,
                     work,
                     settings,
-                    progress=lambda share, task=task: bar.update(task, completed=share),  # type: ignore[misc]
+                    progress=lambda share, task=task: bar.update(task, completed=share),
                 )
             )
             bar.update(task, completed=1.0)

@@ -20,6 +20,7 @@ from lamina.engine.steps import PlannedStep
 from lamina.engine.timeline import Timeline
 from lamina.engine.trace import TraceWriter
 from lamina.kv.pages import bytes_per_page, cache_dtype_name
+from lamina.plan.priors import Priors
 from lamina.sched.batcher import Batcher
 from lamina.sched.depth import DepthPolicy
 from lamina.sched.sequence import Finish
@@ -47,12 +48,14 @@ class Engine:
         pipeline: Pipeline,
         *,
         trace: TraceWriter | None = None,
+        priors: Priors | None = None,
     ) -> None:
         """
         Args:
             fleet: the running executors; the engine uses them and does not close them.
             pipeline: over these executors.
             trace: gets every step; not closed either.
+            priors: what a profile says of them.
         """
         self.model = model
         self.deployment = deployment
@@ -73,7 +76,7 @@ class Engine:
         self._trace = trace
         self._phases = PhaseHistograms()
         self.timeline = Timeline(fleet.name)
-        self._pacing = _pacing(config, model, deployment, fleet)
+        self._pacing = _pacing(config, model, deployment, fleet, priors)
         self._batcher.depth = self._pacing.depth
         self._plans: dict[int, StepPlan] = {}  # of steps whose records are to come
         self._in_flight: dict[int, PlannedStep] = {}
@@ -283,12 +286,17 @@ class Engine:
 
 
 def _pacing(
-    config: EngineConfig, model: SlicedModel, deployment: Deployment, fleet: ExecutorFleet
+    config: EngineConfig,
+    model: SlicedModel,
+    deployment: Deployment,
+    fleet: ExecutorFleet,
+    priors: Priors | None,
 ) -> Pacing:
     weights = WorkerWeights(
         deployment.remote, num_layers=model.num_layers, fixed=deployment.weights
     )
-    for executor, speed in fleet.read_bytes_per_s.items():
+    speeds = fleet.read_bytes_per_s if priors is None else priors.bytes_per_s
+    for executor, speed in speeds.items():
         weights.probe(executor, speed, 0.0)
     dtype = str(model.dtype).removeprefix("torch.")
     page_bytes = bytes_per_page(
@@ -301,6 +309,7 @@ def _pacing(
             num_replicas=deployment.num_replicas,
             shares_cores=deployment.shares_cores,
             fixed=config.pipeline_depth,
+            prior=None if priors is None else priors.tokens_per_s,
         ),
         {fleet.name(executor): executor for executor in deployment.num_pages},
         page_bytes / (config.block_size * deployment.units),

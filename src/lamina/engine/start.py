@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from lamina.config import EngineConfig
 from lamina.convert import SlicedModel, convert, convert_structure
 from lamina.engine.engine import Engine
+from lamina.engine.priors import read_priors
 from lamina.engine.trace import TraceWriter
 from lamina.kv.pages import cache_dtype_name
+from lamina.plan.priors import Priors
 from lamina.workers.deployment import Deployment, Machine, resolve
 from lamina.workers.fleet import ExecutorFleet, worker_name
 from lamina.workers.model import ModelWorker
@@ -76,8 +78,9 @@ def start_engine(
         model.max_model_len,
         this_machine(),
     )
+    priors = read_priors(config, deployment)
     if has_ranks:
-        return _start_over_ranks(config, model, deployment, trace)
+        return _start_over_ranks(config, model, deployment, trace, priors)
     limit_threads(deployment.num_threads)
     pool = pinned_pool(deployment.num_threads, config.model_cores)
     if not is_given:
@@ -97,12 +100,16 @@ def start_engine(
         num_micro_batches=deployment.max_depth,
         step_deadline_s=config.step_deadline_s,
     )
-    engine = Engine(config, model, deployment, fleet, pipeline, trace=trace)
+    engine = Engine(config, model, deployment, fleet, pipeline, trace=trace, priors=priors)
     return StartedEngine(engine, fleet, trace)
 
 
 def _start_over_ranks(
-    config: EngineConfig, model: SlicedModel, deployment: Deployment, trace: TraceWriter | None
+    config: EngineConfig,
+    model: SlicedModel,
+    deployment: Deployment,
+    trace: TraceWriter | None,
+    priors: Priors | None,
 ) -> StartedEngine:
     """Start hosts, ranks and attention workers, and the engine over them."""
     limit_threads(1)  # only sampling is left to do here
@@ -125,7 +132,7 @@ def _start_over_ranks(
             step_deadline_s=config.step_deadline_s,
         )
         ranks.wait_until_ready()
-        engine = Engine(config, model, deployment, fleet, pipeline, trace=trace)
+        engine = Engine(config, model, deployment, fleet, pipeline, trace=trace, priors=priors)
         return StartedEngine(engine, fleet, trace, ranks)
     except BaseException:
         if fleet is not None:

@@ -218,8 +218,13 @@ class AttentionCost:
         self._dtype = dtype
         self._efficiency = efficiency
         self._measured: AttentionTime | None = None
+        self._speed = devices.count * devices.bandwidth_share
         if profile is not None:
-            self._measured = profile.attention_on(devices.device.name)
+            name = devices.device.name
+            self._measured = profile.attention_on(name)
+            if together := profile.attention_on(name, devices.count):
+                self._measured = together
+                self._speed = devices.bandwidth_share
         # Without windows time is linear in the tokens attended to.
         self._full = all(layer.window is None for layer in model.layers)
         self._bytes_per_token = model.attention_bytes(1)
@@ -243,8 +248,7 @@ class AttentionCost:
         if tokens <= 0:
             return 0.0
         if self._measured is not None:
-            speed = self._devices.count * self._devices.bandwidth_share
-            return self._measured.decode.at(rows, tokens / rows) / speed
+            return self._measured.decode.at(rows, tokens / rows) / self._speed
         flops, num_bytes = self.work(rows, tokens)
         return roofline_s(
             flops,

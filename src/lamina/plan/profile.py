@@ -11,12 +11,19 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from lamina.errors import ConfigError
+from lamina.plan.hardware import Device
 
 VERSION = 1
+
+
+def thread_device(num_threads: int) -> str:
+    """What `lamina calibrate` calls so many threads of a machine."""
+    return f"cpu-{num_threads}"
 
 
 def _check_grid(grid: Sequence[float], what: str) -> None:
@@ -90,9 +97,11 @@ class SlicesTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class AttentionTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Attention of one step in all layers with all heads on one device."""
+    """Attention of one step in all layers with all heads on one or several devices."""
 
     device: str
+    workers: int = 1
+    """Devices that share the heads evenly and work side by side."""
     decode: Surface
     """Over the batch (one row per sequence) and the context that each attends to."""
     prompt: Surface | None = None
@@ -108,11 +117,39 @@ class HopTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     bandwidth_bytes_per_s: float
 
 
+class SideBySide(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Model worker and attention workers on one machine: what they do to each other there.
+
+    They share the memory bus, and cores where both have more threads than there are cores.
+    """
+
+    model: str
+    """Device of the model worker."""
+    ranks: int = 1
+    attention: str
+    """Device of the attention workers."""
+    workers: int = 1
+    slices_slowdown: Curve
+    """How many times longer slices take while attention runs, over their rows."""
+    attention_slowdown: Curve
+    """How many times longer attention takes while slices run, over the slices' rows."""
+    hop_s: Curve
+    """Per layer, what a step takes beyond slices and attention: packing, hops, waking, merging.
+    Over the bytes that cross in the layer, both directions together."""
+    hop_busy_s: Curve
+    """The part of it that does not pass while another micro-batch is served."""
+
+
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything measured of one model on one machine or cluster. What is missing is estimated."""
 
     version: int = VERSION
     model: str
+    config: dict[str, Any] = {}
+    """The Hugging Face config of the model, which `scaling` needs to cost others by it."""
+    devices: tuple[Device, ...] = ()
+    """Of this machine, as measured: deployments can name them."""
+    side_by_side: tuple[SideBySide, ...] = ()
     slices: tuple[SlicesTime, ...] = ()
     attention: tuple[AttentionTime, ...] = ()
     hops: tuple[HopTime, ...] = ()
@@ -121,14 +158,29 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     row_overhead_s: float = 0.0
     """Of the engine per row that yields a token."""
 
+    def with_devices(self, devices: dict[str, Device]) -> dict[str, Device]:
+        """These and the profile's own, which replace those of the same name."""
+        return devices | {device.name: device for device in self.devices}
+
     def slices_on(self, device: str, tensor_parallel: int) -> Curve | None:
         for entry in self.slices:
             if (entry.device, entry.tensor_parallel) == (device, tensor_parallel):
                 return entry.seconds
         return None
 
-    def attention_on(self, device: str) -> AttentionTime | None:
-        return next((entry for entry in self.attention if entry.device == device), None)
+    def attention_on(self, device: str, workers: int = 1) -> AttentionTime | None:
+        for entry in self.attention:
+            if (entry.device, entry.workers) == (device, workers):
+                return entry
+        return None
+
+    def beside(self, model: str, ranks: int, attention: str, workers: int) -> SideBySide | None:
+        """What was measured of these working side by side."""
+        wanted = (model, ranks, attention, workers)
+        for entry in self.side_by_side:
+            if (entry.model, entry.ranks, entry.attention, entry.workers) == wanted:
+                return entry
+        return None
 
     def hop(self, transport: str | None) -> HopTime | None:
         """The transport's, or the first one if none is named."""

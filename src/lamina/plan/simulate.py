@@ -8,11 +8,11 @@ placer (`sched`); how long a step takes is decided by the cost model (`plan.step
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from lamina.errors import CapacityError
 from lamina.plan.arrivals import Workload
-from lamina.plan.build import Builder, Settings
+from lamina.plan.build import Builder, Settings, Site
 from lamina.plan.deployment import (
     Deployment,
     Disaggregated,
@@ -52,6 +52,22 @@ def simulate(
     return simulation.result()
 
 
+def check_longest(sites: Iterable[Site], deployment: Deployment, longest: int) -> None:
+    """
+    Raises:
+        CapacityError: the longest request has more tokens than one of the instances can hold.
+    """
+    limit = min(site.instance.batcher.max_model_len for site in sites) - 1
+    if longest > limit:
+        where = ""
+        if isinstance(deployment, Disaggregated):
+            where = " (while its prompt is computed, the model workers hold its KV as well)"
+        raise CapacityError(
+            f"{deployment} holds {limit} tokens of one sequence at most{where}, the longest "
+            f"request has {longest}; leave out longer requests or use more memory"
+        )
+
+
 class _Simulation:
     def __init__(
         self, model: ModelCost, deployment: Deployment, workload: Workload, settings: Settings
@@ -84,18 +100,7 @@ class _Simulation:
                 if not settings.decode_only:
                     self._prefill = PrefillSide(builder, deployment, self._requests)
         self._sites = [self._site, *(self._prefill.sites if self._prefill else ())]
-        self._check_longest(summary.max_total_tokens)
-
-    def _check_longest(self, longest: int) -> None:
-        limit = min(site.instance.batcher.max_model_len for site in self._sites) - 1
-        if longest > limit:
-            where = ""
-            if isinstance(self._deployment, Disaggregated):
-                where = " (while its prompt is computed, the model workers hold its KV as well)"
-            raise CapacityError(
-                f"{self._deployment} holds {limit} tokens of one sequence at most{where}, the "
-                f"longest request has {longest}; leave out longer requests or use more memory"
-            )
+        check_longest(self._sites, deployment, summary.max_total_tokens)
 
     def run(self, progress: Callable[[float], None] | None) -> None:
         instances = [site.instance for site in self._sites]

@@ -8,7 +8,9 @@ links counted):
 - the micro-batch's own way: its slice, then both hops and its attention;
 - the slices of all micro-batches, shared out over the replicas;
 - the attention of all micro-batches on the busiest attention worker;
-- the messages of all micro-batches on the model workers' link.
+- the messages of all micro-batches on the model workers' link;
+- where a profile says what model and attention do to each other on one machine (`SideBySide`), the
+  slices and the attention of all micro-batches, slowed down while both run.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import NamedTuple
 
 from lamina.plan.cost import AttentionCost, Devices, Efficiency, SliceCost, link_bytes_per_s
 from lamina.plan.model import ModelCost
-from lamina.plan.profile import Profile
+from lamina.plan.profile import Profile, SideBySide
 from lamina.types import LOCAL
 
 
@@ -51,6 +53,10 @@ class StepTimes(NamedTuple):
     """That each remote executor is occupied."""
     link_s: float
     """That the link between model and attention workers is occupied in its busier direction."""
+    model_slowdown: float = 1.0
+    """How many times longer the model worker takes while attention runs."""
+    attention_slowdown: float = 1.0
+    """How many times longer attention takes while the model worker computes."""
 
 
 class Work(NamedTuple):
@@ -60,16 +66,43 @@ class Work(NamedTuple):
     num_bytes: float
 
 
+def together_s(
+    first_s: float, second_s: float, first_slowdown: float, second_slowdown: float
+) -> float:
+    """Two pieces of work that start together, each slowed down while the other runs.
+
+    Args:
+        first_s: of the first one alone.
+        first_slowdown: how many times longer it takes beside the second.
+    """
+    first, second = first_s * first_slowdown, second_s * second_slowdown
+    if first > second:
+        return second + first_s - second / first_slowdown
+    return first + second_s - first / second_slowdown
+
+
 def round_s(step: StepTimes, others: Iterable[StepTimes], num_replicas: int) -> float:
     """From one slice of `step` to its next while the steps `others` are in flight as well."""
     model_s, link_s = step.model_s, step.link_s
+    slowed_s = model_s * step.model_slowdown
+    slowed_attention = step.attention_slowdown
     attention_s = dict(step.attention_s)
+    num_steps = 1
     for other in others:
+        num_steps += 1
         model_s += other.model_s
         link_s += other.link_s
+        slowed_s += other.model_s * other.model_slowdown
+        slowed_attention += other.attention_slowdown
         for executor, seconds in other.attention_s.items():
             attention_s[executor] = attention_s.get(executor, 0.0) + seconds
     busiest = max(attention_s.values(), default=0.0)
+    if num_steps > 1 and busiest:
+        model_slowdown = slowed_s / model_s if model_s else 1.0
+        both_s = together_s(
+            model_s / num_replicas, busiest, model_slowdown, slowed_attention / num_steps
+        )
+        return max(step.own_s, both_s, link_s)
     return max(step.own_s, model_s / num_replicas, busiest, link_s)
 
 
@@ -123,6 +156,7 @@ class StepCost:
         kv = model.hidden_size * sum(x.kv_elements_per_token for x in model.layers)
         self._deferred_share = deferred / active
         self._kv_share = min(kv, active - deferred) / active
+        self._beside = _side_by_side(profile, replica, executors)
         hop = profile.hop(transport) if profile is not None else None
         self._latency_s = efficiency.hop_latency_s if hop is None else hop.latency_s
 
@@ -181,6 +215,8 @@ class StepCost:
         }
         if not attention_s and not load.stored:
             return StepTimes(model_s, model_s, attention_s, 0.0)
+        if self._beside is not None:
+            return self._times_beside(load, slice_s, local_s, overhead / layers, attention_s)
         q_s, kv_s, out_s, link_s = self._hops(load)
         busiest = max(attention_s.values(), default=0.0)
         after_kv = slice_s * self._deferred_share + local_s
@@ -195,6 +231,27 @@ class StepCost:
         if not attention_s:  # nothing comes back, nobody waits
             own_s = model_s
         return StepTimes(model_s, max(model_s, own_s + overhead / layers), attention_s, link_s)
+
+    def _times_beside(
+        self,
+        load: StepLoad,
+        slice_s: float,
+        local_s: float,
+        overhead_s: float,
+        attention_s: Mapping[int, float],
+    ) -> StepTimes:
+        """Where it was measured what model and attention workers do to each other."""
+        beside, layers = self._beside, len(self.model.layers)
+        assert beside is not None, "called where there is one"
+        num_bytes = sum(self.hop_bytes(load, e) for e in self.attention if e != LOCAL) / layers
+        slowdowns = beside.slices_slowdown.at(load.rows), beside.attention_slowdown.at(load.rows)
+        busiest = max(attention_s.values(), default=0.0)
+        model_s = slice_s + local_s + overhead_s + beside.hop_busy_s.at(num_bytes)
+        after_q = slice_s * (self._deferred_share + (self._kv_share if self._early_q else 0.0))
+        after_q += local_s
+        own_s = slice_s + local_s - after_q + together_s(after_q, busiest, *slowdowns)
+        own_s += overhead_s + beside.hop_s.at(num_bytes)
+        return StepTimes(model_s, max(model_s, own_s), attention_s, 0.0, *slowdowns)
 
     def local_attention_s(self, load: StepLoad) -> float:
         attention = self.attention[LOCAL]
@@ -244,3 +301,14 @@ class StepCost:
         """Of the decode rows on one executor."""
         rows, tokens = load.attending.get(executor, 0.0), load.attended.get(executor, 0.0)
         return Work(*self.attention[executor].work(rows, tokens))
+
+
+def _side_by_side(
+    profile: Profile | None, replica: Devices, executors: Mapping[int, Devices]
+) -> SideBySide | None:
+    """What was measured of this model worker beside these attention workers, if they are alike."""
+    names = {devices.device.name for devices in executors.values()}
+    if profile is None or len(names) != 1:
+        return None
+    workers = sum(devices.count for devices in executors.values())
+    return profile.beside(replica.device.name, replica.count, names.pop(), workers)

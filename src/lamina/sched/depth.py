@@ -5,12 +5,13 @@ n seconds, an attention op c times its cached tokens; `pipeline.round_s` says ho
 pipeline of n yields R tokens per `num_slices` rounds. Where model and attention share cores or a
 memory bus, the guess is wrong by what they slow each other down, so that what was measured at a
 depth scales the guesses for it from then on; and now and then a neighbouring depth is tried for a
-few steps and kept if it is more than 3 % faster.
+few steps and kept if it is more than 3 % faster. Where a profile of the machine is at hand, its own
+guess (`Prior`) takes the model's place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -28,6 +29,10 @@ nothing."""
 _LOAD_CHANGE = 1.25
 """If rows or cached tokens are off by this factor, the depth is guessed anew."""
 _ALPHA = 0.1
+
+
+Prior = Callable[[int, int, float], float]
+"""Tokens per second at a depth, with so many decode rows in all, of so many cached tokens each."""
 
 
 class StepSample(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +64,7 @@ class DepthPolicy:
         num_replicas: int = 1,
         shares_cores: bool = False,
         fixed: int | None = None,
+        prior: Prior | None = None,
     ) -> None:
         """
         Args:
@@ -66,7 +72,9 @@ class DepthPolicy:
             shares_cores: model and attention compute on the same cores, so neither works while the
                 other does (where they only disturb each other, trials find out).
             fixed: the depth that the user gave.
+            prior: what a profile says, instead of the model of slices and attention.
         """
+        self._prior = prior
         self._max_depth = max_depth
         self._num_replicas = num_replicas
         self._shares_cores = shares_cores
@@ -104,7 +112,7 @@ class DepthPolicy:
         self._num_steps += 1
         if not sample.num_prompt_rows:
             self._times.observe(sample)
-        if self._times.num_observed < _FIRST_STEPS:
+        if self._prior is None and self._times.num_observed < _FIRST_STEPS:
             return self.depth
         if self._has_load_changed(sample):
             self._guess(sample)
@@ -156,6 +164,8 @@ class DepthPolicy:
     def _guessed(self, depth: int, sample: StepSample) -> float:
         rows = sample.num_decoding
         depth = min(depth, rows)
+        if self._prior is not None:
+            return self._prior(depth, rows, sample.num_tokens / sample.num_rows)
         slice_s = self._times.slice_s(rows / depth)
         attention_s = self._times.attention_s(sample.num_tokens / sample.num_rows * rows / depth)
         if self._shares_cores:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lamina.cli.bench import attention, decode, hop, partition, serve, timeline
+from lamina.cli.bench import attention, decode, hop, partition, predict, serve, timeline
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
@@ -18,5 +18,6 @@ app.command()(attention.attention)
 app.command()(decode.decode)
 app.command()(hop.hop)
 app.command()(partition.partition)
+app.command()(predict.predict)
 app.command()(serve.serve)
 app.command()(timeline.timeline)
