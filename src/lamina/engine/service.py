@@ -33,9 +33,8 @@ from lamina.engine.messages import (
     decode_to_engine,
     encode,
 )
-from lamina.engine.start import start_engine
+from lamina.engine.start import StartedEngine, start_engine
 from lamina.errors import EngineDead, LaminaError
-from lamina.workers.fleet import ExecutorFleet
 from lamina.workers.process import exit_with_parent, ignore_interrupts
 
 logger = logging.getLogger("lamina.engine")
@@ -61,7 +60,7 @@ class EngineService:
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.connect(start.address)
         self._engine: Engine | None = None
-        self._fleet: ExecutorFleet | None = None
+        self._started: StartedEngine | None = None
         self._failed = False
 
     def run(self) -> int:
@@ -86,13 +85,13 @@ class EngineService:
         return 1 if self._failed else 0
 
     def _start_engine(self) -> None:
-        started = start_engine(self._config, progress=sys.stderr.isatty())
-        self._engine, self._fleet = started.engine, started.fleet
+        self._started = start_engine(self._config, progress=sys.stderr.isatty())
+        self._engine = self._started.engine
 
     def _advance(self, engine: Engine) -> None:
-        assert self._fleet is not None
+        assert self._started is not None
         try:
-            self._fleet.check()
+            self._started.fleet.check()
             if engine.has_work:
                 outputs = engine.step()
                 self._send(Outputs(tuple(outputs), engine.stats()))
@@ -146,8 +145,8 @@ class EngineService:
         self._socket.send(encode(message))
 
     def _stop(self) -> None:
-        if self._fleet is not None:
-            self._fleet.close()
+        if self._started is not None:
+            self._started.close()
         self._socket.close()
         zmq.Context.instance().term()
 
