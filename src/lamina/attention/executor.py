@@ -20,7 +20,7 @@ query and KV heads of one lane, Dk and Dv sizes of k and v vectors.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from lamina.attention.merge import Partial
 from lamina.attention.partition import shard_specs
 from lamina.attention.spec import AttentionSpec
 from lamina.errors import ProtocolMismatch
-from lamina.kv.pages import Lane, PageAllocator, cache_dtype_name, layer_specs
+from lamina.kv.pages import Lane, PageAllocator, cache_dtype_name, lane_name, layer_specs
 from lamina.transport.topology import rank_of
 from lamina.types import ExecutorPlan, ExecutorSpan
 
@@ -106,7 +106,7 @@ class AttentionExecutor:
     @property
     def sequences(self) -> tuple[int, ...]:
         """The sequences that have (or may get) pages here."""
-        return tuple(dict.fromkeys(lane.sequence for lane in self._pages.lanes))
+        return tuple(dict.fromkeys(sequence for sequence, _ in self._pages.lanes))
 
     def length(self, sequence: int, unit: int = 0) -> int:
         """Tokens stored of a sequence's lane, those of steps in progress included; 0 if unknown.
@@ -114,7 +114,7 @@ class AttentionExecutor:
         Args:
             unit: the lane's first head unit.
         """
-        return self._pages.length(Lane(sequence, unit))
+        return self._pages.length((sequence, unit))
 
     def check_integrity(self) -> list[str]:
         """Everything that is wrong with the page books; empty when they are sound."""
@@ -124,7 +124,9 @@ class AttentionExecutor:
         """Take up a step: release, truncate, allocate, and decide the work of its layers.
 
         Replaying a plan, in full or after a step that was given up, leads to the same state. Steps
-        in progress store nothing more in lanes that this plan releases or truncates.
+        in progress store nothing more in lanes that this plan releases or truncates; this step
+        follows those that are still to store in its other lanes (their k and v may come late, over
+        another link than the plan).
 
         Returns:
             What the native calls of this step take, one per tensor-parallel rank. The methods with
@@ -139,41 +141,39 @@ class AttentionExecutor:
         self._open = [step for step in self._open if not step.schedule.is_over]
         for sequence in plan.releases:
             for unit in range(0, self.units, self._page_units):
-                self._revoke(Lane(sequence, unit))
-                pages.release(Lane(sequence, unit))
-        parts = list(self._parts(plan))
+                self._revoke((sequence, unit))
+                pages.release((sequence, unit))
+        parts = self._parts(plan)
+        truncated = []
         for lane, span in parts:
-            if pages.length(lane) < span.context_tokens:
+            length = pages.length(lane)
+            if length < span.context_tokens:
                 raise ProtocolMismatch(
-                    f"the plan of step {plan.step} continues {lane} after "
-                    f"{span.context_tokens} tokens, but {pages.length(lane)} are stored "
-                    "here; the sequence must be computed again from its first token",
+                    f"the plan of step {plan.step} continues {lane_name(lane)} after "
+                    f"{span.context_tokens} tokens, but {length} are stored here; the sequence "
+                    "must be computed again from its first token",
                     peer="engine",
                 )
+            if length > span.context_tokens:
+                truncated.append((lane, span))
         # Truncate all before any grows: a replay must not need more pages than the first try.
-        for lane, span in parts:
-            if pages.length(lane) > span.context_tokens:
-                self._revoke(lane)
+        for lane, span in truncated:
+            self._revoke(lane)
             pages.resize(lane, span.context_tokens)
         for lane, span in parts:
-            pages.resize(lane, span.context_tokens + span.num_stored)
+            if span.num_stored:
+                pages.resize(lane, span.context_tokens + span.num_stored)
         self._early.clear()
         schedules = tuple(
-            self._schedule(
-                [p for p in parts if rank_of(p[0].unit, self.units, self.num_ranks) == rank]
-                if self.num_ranks > 1
-                else parts,
-                is_partial=plan.is_partial,
-            )
-            for rank in range(self.num_ranks)
+            self._schedule(of_rank, is_partial=plan.is_partial) for of_rank in self._by_rank(parts)
         )
         self._step = schedules[0]
         return schedules
 
-    def _parts(self, plan: ExecutorPlan) -> Iterator[_Part]:
+    def _parts(self, plan: ExecutorPlan) -> list[_Part]:
         """The plan's spans, lane by lane."""
         size = self._page_units
-        seen: set[Lane] = set()
+        parts: list[_Part] = []
         for span in plan.spans:
             start, stop = span.unit_start, span.unit_stop
             if start % size or stop % size or not 0 <= start < stop <= self.units:
@@ -183,33 +183,46 @@ class AttentionExecutor:
                     peer="engine",
                 )
             for unit in range(start, stop, size):
-                lane = Lane(span.sequence, unit)
-                assert lane not in seen, "a lane has one span per step"
-                seen.add(lane)
-                yield lane, span
+                parts.append(((span.sequence, unit), span))
+        assert len({lane for lane, _ in parts}) == len(parts), "a lane has one span per step"
+        return parts
 
-    def _schedule(self, parts: Sequence[_Part], *, is_partial: bool) -> _native.StepSchedule:
-        tables = [self._pages.pages(lane) for lane, _ in parts]
-        spans = [span for _, span in parts]
+    def _by_rank(self, parts: list[_Part]) -> list[list[_Part]]:
+        if self.num_ranks == 1:
+            return [parts]
+        split: list[list[_Part]] = [[] for _ in range(self.num_ranks)]
+        for part in parts:
+            (_, unit), _ = part
+            split[rank_of(unit, self.units, self.num_ranks)].append(part)
+        return split
+
+    def _schedule(self, parts: list[_Part], *, is_partial: bool) -> _native.StepSchedule:
+        pages = array("i")
+        num_pages = array("i", [self._pages.append_pages(lane, pages) for lane, _ in parts])
         schedule = self.native.begin(
-            array("i", [span.num_attending for span in spans]),
-            array("i", [span.num_stored for span in spans]),
-            array("q", [span.context_tokens for span in spans]),
-            array("q", [span.first_position for span in spans]),
-            array("i", [lane.unit // self._page_units for lane, _ in parts]),
-            array("i", [len(table) for table in tables]),
-            array("i", [page for table in tables for page in table]),
+            array("i", [span.num_attending for _, span in parts]),
+            array("i", [span.num_stored for _, span in parts]),
+            array("q", [span.context_tokens for _, span in parts]),
+            array("q", [span.first_position for _, span in parts]),
+            array("i", [unit // self._page_units for (_, unit), _ in parts]),
+            num_pages,
+            pages,
             is_partial,
         )
-        if parts:
-            self._open.append(_OpenStep(schedule, [lane for lane, _ in parts]))
+        for step in self._open:
+            if any(lane in step.stored for lane, _ in parts):
+                schedule.follow(step.schedule)
+        stored = {lane: index for index, (lane, span) in enumerate(parts) if span.num_stored}
+        if stored:
+            self._open.append(_OpenStep(schedule, stored))
         return schedule
 
     def _revoke(self, lane: Lane) -> None:
         """Let steps in progress leave the lane's pages alone."""
         for step in self._open:
-            if lane in step.lanes:
-                step.schedule.revoke(step.lanes.index(lane))
+            index = step.stored.pop(lane, None)
+            if index is not None:
+                step.schedule.revoke(index)
 
     def attend_cached(
         self, layer: int, q: Tensor, step: _native.StepSchedule | None = None
@@ -287,7 +300,8 @@ class AttentionExecutor:
 
 
 class _OpenStep(NamedTuple):
-    """A step that may be in progress, with its lanes in the schedule's order."""
+    """A step that may be in progress."""
 
     schedule: _native.StepSchedule
-    lanes: list[Lane]
+    stored: dict[Lane, int]
+    """The lanes that it stores rows in, by their place in the schedule."""

@@ -9,9 +9,9 @@ the largest free gap, which leaves room to grow for it and for its neighbour.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from lamina import _native
 from lamina.attention.spec import AttentionSpec
@@ -57,14 +57,14 @@ def layer_specs(
     ]
 
 
-class Lane(NamedTuple):
-    """A sequence (the engine's number) and the first head unit that the lane has of it."""
+Lane = tuple[int, int]
+"""A sequence (the engine's number) and the first head unit that the lane has of it."""
 
-    sequence: int
-    unit: int
 
-    def __str__(self) -> str:
-        return f"sequence {self.sequence} (from head unit {self.unit})"
+def lane_name(lane: Lane) -> str:
+    """For messages."""
+    sequence, unit = lane
+    return f"sequence {sequence} (from head unit {unit})"
 
 
 class PageAllocator:
@@ -101,6 +101,12 @@ class PageAllocator:
         """The lane's pages in token order (a copy); empty for an unknown lane."""
         return list(self._pages.get(lane, ()))
 
+    def append_pages(self, lane: Lane, to: array[int]) -> int:
+        """Append the lane's pages in token order; returns how many (none of an unknown lane)."""
+        owned = self._pages.get(lane, [])
+        to.fromlist(owned)
+        return len(owned)
+
     def length(self, lane: Lane) -> int:
         """Tokens of the lane; 0 for an unknown lane."""
         return self._lengths.get(lane, 0)
@@ -112,11 +118,16 @@ class PageAllocator:
             CapacityError: too few free pages; nothing has changed.
         """
         assert num_tokens >= 0, "a length is not negative"
-        owned = self._pages.get(lane, [])
+        owned = self._pages.get(lane)
+        if owned is None:
+            owned = []
+        elif (len(owned) - 1) * self.page_tokens < num_tokens <= len(owned) * self.page_tokens:
+            self._lengths[lane] = num_tokens
+            return
         missing = ceil_div(num_tokens, self.page_tokens) - len(owned)
         if missing > self._num_free:
             raise CapacityError(
-                f"{lane} needs {missing} more KV pages for {num_tokens} tokens, "
+                f"{lane_name(lane)} needs {missing} more KV pages for {num_tokens} tokens, "
                 f"{self._num_free} of {self.num_pages} are free; give the attention worker more "
                 "memory or run fewer or shorter sequences"
             )
@@ -140,7 +151,7 @@ class PageAllocator:
         """Everything that is wrong with the books, one sentence each; empty when they are sound."""
         problems = []
         owner: dict[int, str] = {}
-        claims = [(str(lane), page) for lane, pages in self._pages.items() for page in pages]
+        claims = [(lane_name(lane), page) for lane, pages in self._pages.items() for page in pages]
         claims += [("the free list", page) for run in self._free for page in range(*run)]
         for who, page in claims:
             if not 0 <= page < self.num_pages:
@@ -156,7 +167,9 @@ class PageAllocator:
         for lane, length in self._lengths.items():
             need, have = ceil_div(length, self.page_tokens), len(self._pages.get(lane, ()))
             if need != have:
-                problems.append(f"{lane} has {length} tokens and {have} pages, not {need}")
+                problems.append(
+                    f"{lane_name(lane)} has {length} tokens and {have} pages, not {need}"
+                )
         num_free = sum(stop - start for start, stop in self._free)
         if num_free != self._num_free:
             problems.append(f"{num_free} pages are free but {self._num_free} are counted as free")
