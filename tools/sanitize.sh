@@ -31,4 +31,4 @@ LD_PRELOAD="${libraries[*]}" \
   ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
   UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
   OMP_NUM_THREADS=1 \
-  "$venv/bin/python" -m pytest -q -p no:cacheprovider "${tests[@]}"
+  "$venv/bin/python" -m pytest -q -p no:cacheprovider --capture=sys "${tests[@]}"

@@ -73,7 +73,7 @@ std::vector<double> ping(Outbox& outbox, Inbox& inbox, const PingPong& what) {
     if (what.check) {
       fill(slot, seq, what.num_bytes);
     } else {
-      std::memcpy(slot, payload.data(), what.num_bytes);
+      std::copy(payload.begin(), payload.end(), slot);
     }
     outbox.commit(deadline);
     const auto answer = inbox.wait(seq, deadline, what.num_bytes);

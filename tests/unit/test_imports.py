@@ -21,7 +21,15 @@ TIERS = (
     {"server", "deploy", "bench"},
     {"cli"},
 )
-PURE = ("sched", "transport/wire.py", "transport/topology.py", "types.py", "config.py", "errors.py")
+PURE = (
+    "sched",
+    "plan",
+    "transport/wire.py",
+    "transport/topology.py",
+    "types.py",
+    "config.py",
+    "errors.py",
+)
 
 
 def tier(part: str) -> int:

@@ -6,7 +6,6 @@ machine hits all of them; ratios are taken turn by turn.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
+from lamina.bench.percentiles import percentile
 from lamina.bench.subjects import PREFILL_ROWS, SubjectProcess
 from lamina.config import AttentionWorkerConfig, EngineConfig
 
@@ -92,12 +92,6 @@ def measure(
             )
         )
     return figures
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` (0 to 1) of the values do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def lamina_config(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lamina.cli.bench import attention, decode, hop
+from lamina.cli.bench import attention, decode, hop, serve
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
@@ -17,3 +17,4 @@ def bench() -> None:
 app.command()(attention.attention)
 app.command()(decode.decode)
 app.command()(hop.hop)
+app.command()(serve.serve)

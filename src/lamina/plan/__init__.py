@@ -1,0 +1,1 @@
+"""Know before you buy: hardware, model costs, workloads. Pure; no torch."""
