@@ -97,19 +97,20 @@ class Candidates:
     def prefill_decode(self) -> Iterator[PrefillDecode]:
         if self._settings.decode_only:
             return
-        for prefill in self._inventory.pools:
-            if 1 not in self.ranks(prefill):
-                continue
-            for decode in self._inventory.pools:
-                for ranks in self.ranks(decode):
-                    left = prefill.count - (ranks if decode is prefill else 0)
-                    for count in ladder(left) if left > 0 else ():
-                        for offload in (None, Offload()):
-                            yield PrefillDecode(
-                                prefill=Pool(device=prefill.device, count=count),
-                                decode=Pool(device=decode.device, count=ranks),
-                                offload=offload,
-                            )
+        for prefill, decode in product(self._inventory.pools, repeat=2):
+            for prefill_ranks, ranks in product(self.ranks(prefill), self.ranks(decode)):
+                left = prefill.count - (ranks if decode is prefill else 0)
+                for instances in ladder(left // prefill_ranks) if left >= prefill_ranks else ():
+                    count = instances * prefill_ranks
+                    if count > MOST_OF_A_KIND:
+                        continue
+                    for offload in (None, Offload()):
+                        yield PrefillDecode(
+                            prefill=Pool(device=prefill.device, count=count),
+                            decode=Pool(device=decode.device, count=ranks),
+                            prefill_ranks=prefill_ranks,
+                            offload=offload,
+                        )
 
     def disaggregated(self) -> Iterator[Disaggregated]:
         """Without a choice of depth: replicas + 1 micro-batches."""

@@ -138,7 +138,7 @@ class PrefillDecode(msgspec.Struct, frozen=True, kw_only=True):
     def in_one_machine(self) -> bool:
         """Whether KV and rows move between chips: one kind of device, as few as a machine has."""
         count = self.prefill.count + self.decode.count
-        return self.prefill.device == self.decode.device and count <= DEVICES_PER_MACHINE
+        return self.prefill.device.name == self.decode.device.name and count <= DEVICES_PER_MACHINE
 
     @property
     def num_prefill_instances(self) -> int:

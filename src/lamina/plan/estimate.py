@@ -193,10 +193,9 @@ class Estimator:
             needed = min_bandwidth_bytes_per_s(
                 self.model, batch, slices_s, attention_s, alpha=ALPHA
             )
-        elif isinstance(side, Separate):
-            needed = side.needed_link(batch)
-        if needed is not None:
             link = self._link(deployment)
+        elif isinstance(side, Separate):
+            needed, link = side.needed_link(batch), side.link_bytes_per_s
         return Estimate(
             deployment=deployment,
             tokens_per_s=point.requests_per_s * self.demand.output_tokens,
@@ -209,17 +208,13 @@ class Estimator:
             link_bytes_per_s=link,
         )
 
-    def _link(self, deployment: Deployment) -> float:
-        """Bandwidth between the two sides of a deployment."""
+    def _link(self, deployment: Disaggregated) -> float:
+        """Bandwidth between the ranks of a replica and the attention workers."""
         settings = self.settings
         if settings.profile is not None and (hop := settings.profile.hop(settings.transport)):
             return hop.bandwidth_bytes_per_s
-        first, *others = deployment.pools
-        ranks = first.count
-        if isinstance(deployment, Disaggregated):
-            ranks = deployment.num_ranks
-        here = first.device.network_bytes_per_s * ranks
-        there = sum(pool.device.network_bytes_per_s * pool.count for pool in others)
+        here = deployment.model.device.network_bytes_per_s * deployment.num_ranks
+        there = sum(pool.device.network_bytes_per_s * pool.count for pool in deployment.attention)
         return min(here, there) * settings.efficiency.network
 
 

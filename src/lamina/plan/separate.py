@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from lamina.plan.build import Builder
 from lamina.plan.colocated import Breakdown, Point, prompt_chunks
+from lamina.plan.cost import link_bytes_per_s
 from lamina.plan.demand import Demand
 from lamina.plan.deployment import PrefillDecode
 from lamina.plan.offloading import OWN, OffloadPlacer
-from lamina.plan.prefill import link_bytes_per_s
 from lamina.plan.step import StepLoad
 from lamina.types import LOCAL
 
@@ -23,14 +23,14 @@ class Separate:
         """
         settings = builder.settings
         decode = builder.decode(deployment)
-        prefill = builder.prefill(deployment.prefill, deployment.offload, lambda *_: None)
+        prefill = builder.prefill(deployment, lambda *_: None)
         batcher = decode.instance.batcher
         budget, placer = batcher.budget, batcher.placer
         assert isinstance(placer, OffloadPlacer), "decode instances place by the policy"
         self._demand = demand
         self._model = builder.model
         self._cost = decode.instance.cost
-        self._num_prefill = deployment.prefill.count
+        self._num_prefill = deployment.num_prefill_instances
         self._executors = [e for e in budget.capacity_pages if e not in (LOCAL, OWN)]
         self.most_tokens = min(
             batcher.max_model_len - 1, prefill.instance.batcher.max_model_len - 1
@@ -54,7 +54,13 @@ class Separate:
             return cost.step_s(cost.times(load).own_s)
 
         num_bytes = self._model.kv_bytes(demand.prompt_tokens)
-        rate = link_bytes_per_s(deployment.prefill, deployment.decode, settings)
+        e, near = settings.efficiency, deployment.in_one_machine
+        rate = min(
+            link_bytes_per_s(deployment.prefill.device, e, near) * deployment.prefill_ranks,
+            link_bytes_per_s(deployment.decode.device, e, near) * deployment.decode.count,
+        )
+        self.link_bytes_per_s = rate
+        """From each prefill instance to the decode instance."""
         last_s = num_bytes / rate / len(self._model.layers) + settings.efficiency.hop_latency_s
         self._ready_s = chunks * prefill_s(rows) + last_s
         """From a request's start to its KV on the decode instance."""
