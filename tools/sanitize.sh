@@ -24,7 +24,8 @@ tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
   tests=(tests/contract tests/numerics/test_attention.py tests/numerics/test_dense.py
     tests/numerics/test_native_attention.py tests/unit/attention tests/unit/kv
-    tests/unit/transport tests/unit/workers/test_serving.py)
+    tests/numerics/test_shares.py tests/unit/transport tests/unit/workers/test_channels.py
+    tests/unit/workers/test_serving.py)
 fi
 LD_PRELOAD="${libraries[*]}" \
   ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \

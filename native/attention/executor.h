@@ -47,6 +47,9 @@ class AttentionExecutor {
 int64_t num_stored_rows(const StepSchedule& step);
 int64_t num_attending_rows(const StepSchedule& step);
 
+/// Whether a layer must wait for an earlier step that is still to store tokens in the same lanes.
+bool must_wait(StepSchedule& step, int layer);
+
 /// No layer of the step will be served any more.
 void end_step(StepSchedule& step);
 

@@ -191,7 +191,8 @@ void PagedAttention::finish(StepSchedule& step, int layer_index, const std::byte
     }
   });
   step.layer = -1;
-  step.is_over = layer_index + 1 == num_layers();
+  step.num_layers_done = layer_index + 1;
+  step.is_over = step.num_layers_done == num_layers();
 }
 
 void PagedAttention::finish_head(StepSchedule& step, const Layer& layer,

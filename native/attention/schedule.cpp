@@ -110,6 +110,12 @@ StepSchedule::StepSchedule(const StepLanes& lanes, std::span<const LayerKind> ki
 
 StepSchedule::~StepSchedule() { buffers_->give_back(std::move(partials_)); }
 
+bool StepSchedule::must_wait(int layer) {
+  std::erase_if(earlier_, [](const auto& step) { return step->is_over; });
+  return std::any_of(earlier_.begin(), earlier_.end(),
+                     [&](const auto& step) { return step->num_layers_done <= layer; });
+}
+
 size_t StepSchedule::plan_kind(const LayerKind& kind, int num_threads, Work& work) const {
   const int tile_rows = std::max(1, kTileLines / kind.group);
   int64_t store_cost = 0, tile_cost = 0, task_cost = 0;
@@ -181,6 +187,7 @@ size_t StepSchedule::plan_kind(const LayerKind& kind, int num_threads, Work& wor
 
 int64_t num_stored_rows(const StepSchedule& step) { return step.num_stored_rows(); }
 int64_t num_attending_rows(const StepSchedule& step) { return step.num_attending_rows(); }
+bool must_wait(StepSchedule& step, int layer) { return step.must_wait(layer); }
 void end_step(StepSchedule& step) { step.is_over = true; }
 
 }  // namespace lamina

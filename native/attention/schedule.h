@@ -123,9 +123,17 @@ class StepSchedule {
   int take_piece() { return next_piece_.fetch_add(1, std::memory_order_relaxed); }
   void restart_pieces() { next_piece_.store(0, std::memory_order_relaxed); }
 
+  /// Attend to what `step` stores: no layer of this step before it.
+  void follow(std::shared_ptr<StepSchedule> step) { earlier_.push_back(std::move(step)); }
+
+  /// Whether a step that this one follows has not got as far as `layer`.
+  bool must_wait(int layer);
+
   /// Of the layer in progress: between `attend_cached` and `finish`.
   const std::byte* q = nullptr;
   int layer = -1;
+
+  int num_layers_done = 0;
 
   /// No layer will be served any more.
   bool is_over = false;
@@ -135,6 +143,7 @@ class StepSchedule {
 
   std::vector<int32_t> pages_;
   std::vector<Lane> lanes_;
+  std::vector<std::shared_ptr<StepSchedule>> earlier_;
   std::vector<Work> work_;
   int64_t num_stored_rows_ = 0, num_attending_rows_ = 0;
   bool is_partial_;

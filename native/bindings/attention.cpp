@@ -101,7 +101,8 @@ void bind_attention(nb::module_& module) {
       .def_prop_ro("num_attending_rows", &StepSchedule::num_attending_rows)
       .def_prop_ro("is_partial", &StepSchedule::is_partial)
       .def_ro("is_over", &StepSchedule::is_over)
-      .def("revoke", &StepSchedule::revoke, nb::arg("lane"));
+      .def("revoke", &StepSchedule::revoke, nb::arg("lane"))
+      .def("follow", &StepSchedule::follow, nb::arg("step"));
 
   nb::class_<AttentionExecutor>(module, "AttentionExecutor")
       .def_prop_ro("num_layers", &AttentionExecutor::num_layers)

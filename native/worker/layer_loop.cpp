@@ -104,7 +104,7 @@ double LayerLoop::collect_due() {
     for (Step& step : served.steps) {
       // One that is superseded may have been given up: nobody need send anything for it.
       if (!step.is_superseded) overdue_at = std::min(overdue_at, step.deadline);
-      if (step.is_stale) continue;
+      if (step.is_stale || must_wait(*step.schedule, step.layer)) continue;
       const Boxes& boxes = served.boxes(step.layer);
       Inbox* inbox = step.has_q ? boxes.kv : boxes.q;
       // Waiting for a later message would discard the one that an earlier step waits for.

@@ -202,6 +202,9 @@ class StepSchedule:
     def revoke(self, lane: int) -> None:
         """Store nothing more in a lane: its pages are others' from now on."""
 
+    def follow(self, step: StepSchedule) -> None:
+        """Let a `LayerLoop` serve no layer of this step before that of `step`."""
+
 class AttentionExecutor:
     """The native calls of a layer. Addresses are of contiguous memory in the model's dtype.
 

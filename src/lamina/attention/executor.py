@@ -124,7 +124,9 @@ class AttentionExecutor:
         """Take up a step: release, truncate, allocate, and decide the work of its layers.
 
         Replaying a plan, in full or after a step that was given up, leads to the same state. Steps
-        in progress store nothing more in lanes that this plan releases or truncates.
+        in progress store nothing more in lanes that this plan releases or truncates; this step
+        follows those that are still to store in its other lanes (their k and v may come late, over
+        another link than the plan).
 
         Returns:
             What the native calls of this step take, one per tensor-parallel rank. The methods with
@@ -207,15 +209,20 @@ class AttentionExecutor:
             pages,
             is_partial,
         )
-        if parts:
-            self._open.append(_OpenStep(schedule, [lane for lane, _ in parts]))
+        for step in self._open:
+            if any(lane in step.stored for lane, _ in parts):
+                schedule.follow(step.schedule)
+        stored = {lane: index for index, (lane, span) in enumerate(parts) if span.num_stored}
+        if stored:
+            self._open.append(_OpenStep(schedule, stored))
         return schedule
 
     def _revoke(self, lane: Lane) -> None:
         """Let steps in progress leave the lane's pages alone."""
         for step in self._open:
-            if lane in step.lanes:
-                step.schedule.revoke(step.lanes.index(lane))
+            index = step.stored.pop(lane, None)
+            if index is not None:
+                step.schedule.revoke(index)
 
     def attend_cached(
         self, layer: int, q: Tensor, step: _native.StepSchedule | None = None
@@ -293,7 +300,8 @@ class AttentionExecutor:
 
 
 class _OpenStep(NamedTuple):
-    """A step that may be in progress, with its lanes in the schedule's order."""
+    """A step that may be in progress."""
 
     schedule: _native.StepSchedule
-    lanes: list[Lane]
+    stored: dict[Lane, int]
+    """The lanes that it stores rows in, by their place in the schedule."""

@@ -347,6 +347,33 @@ def test_k_and_v_that_come_after_the_next_plan_are_stored(kinds: tuple[str, str]
         deployment.check(decode, layers, outputs)
 
 
+@pytest.mark.parametrize("kinds", [("shm", "shm"), ("tcp", "tcp")], ids="+".join)
+def test_a_sequence_in_another_micro_batch_waits_for_its_late_k_and_v(
+    kinds: tuple[str, str],
+) -> None:
+    """Layer l of the two micro-batches comes over different links."""
+    with deployed(kinds, replicas=2, micro_batches=2, page_units=1) as (deployment, worker):
+        model = deployment.model
+        stored, decode = step_plan(1, (1, 6, 0, False)), step_plan(2, (1, 1, 6), micro_batch=1)
+        late, layers = model.rows(stored), model.rows(decode)
+        deployment.oracle.run_step(stored, late)
+        model.post_plan(stored)
+        model.post_kv(stored, 0, late[0])
+        model.post_plan(decode)
+        outputs = [model.exchange(decode, 0, layers[0])]
+        for layer in range(1, len(SPECS)):
+            model.post_q(decode, layer, layers[layer])
+            model.post_kv(decode, layer, layers[layer])
+            model.wait_s = 0.03
+            with pytest.raises(DeadlineExceeded):
+                model.wait_out(decode, layer, layers[layer])
+            model.wait_s = 5.0
+            model.post_kv(stored, layer, late[layer])
+            outputs.append(model.wait_out(decode, layer, layers[layer]))
+        deployment.check(decode, layers, outputs)
+        assert worker.error is None
+
+
 @pytest.mark.parametrize("how", ["released", "truncated"])
 def test_late_k_and_v_do_not_touch_pages_that_others_have_now(how: str) -> None:
     with deployed(("shm", "shm"), replicas=2, micro_batches=2, page_units=1) as (deployment, _):
