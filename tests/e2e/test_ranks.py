@@ -222,6 +222,11 @@ def test_killed_process_is_named(victim: str, changes: dict[str, Any], llama: Su
         assert seconds < LIMIT_S
         with pytest.raises(PeerLost):
             started.fleet.check()
+        time.sleep(0.5)
+        others = {name: pid for name, pid in started.ranks.pids.items() if name != victim}
+        if victim != "model-host-0":
+            assert all(map(runs, others.values())), "the others wait to be told"
+            assert list(started.ranks.lost) == [victim], "and nobody else is blamed"
         close_and_check(started)
 
 

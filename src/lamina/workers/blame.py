@@ -30,12 +30,15 @@ def was_told_to_stop(control: ControlClient) -> bool:
 
 
 def tell_and_wait(control: ControlClient, error: Exception) -> None:
-    """Tell the engine what failed; returns when it says stop or is gone."""
+    """Tell the engine what failed; returns when it says stop or is gone.
+
+    If the engine ended a link, it knows why: somebody else is lost, or it is about to stop.
+    """
     if control.engine_lost is not None:
         return
     if isinstance(error, PeerLost | DeadlineExceeded) and error.peer != ENGINE:
         control.send(LostPeer(error.peer, error.reason))
-    else:
+    elif not isinstance(error, PeerLost):
         control.send(WorkerError(type(error).__name__, str(error)))
     while control.engine_lost is None and not was_told_to_stop(control):
         pass

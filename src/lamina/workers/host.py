@@ -41,7 +41,7 @@ class HostStart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_model_host(start: HostStart) -> None:
-    """Load, fork, watch until all ranks have ended; the body of the host's process.
+    """Load, fork, watch the ranks until the engine says stop; the body of the host's process.
 
     It must run with one torch thread (`WorkerProcess(num_threads=1)`): it forks.
 
@@ -90,11 +90,12 @@ def _joined(start: HostStart, deadline: float) -> contextlib.closing[ControlClie
 
 
 def _watch(control: ControlClient, ranks: ForkedWorkers) -> None:
-    """Tell the engine of ranks that end, until all have or the engine says stop."""
+    """Tell the engine of ranks that end, until it says stop and all have."""
     is_stopping = False
-    while len(ranks):
+    while len(ranks) or not is_stopping:
         for name, exit_code in ranks.wait(_POLL_S).items():
             if not is_stopping:
                 control.send(LostPeer(name, f"its process ended with exit code {exit_code}"))
+        until = time.monotonic() + (0.0 if len(ranks) else _POLL_S)
         with contextlib.suppress(DeadlineExceeded):
-            is_stopping |= isinstance(control.receive(time.monotonic()).message, ShutdownWorker)
+            is_stopping |= isinstance(control.receive(until).message, ShutdownWorker)

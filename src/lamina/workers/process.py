@@ -22,14 +22,10 @@ from lamina._native import ThreadPool
 
 ORPHAN_EXIT_CODE = 70
 """Of a process whose parent died."""
-_PRELOADED = (
-    "torch",
-    "lamina.workers.process",
-    "lamina.workers.attention",
-    "lamina.workers.frozen",
-)
+_PRELOADED = ("torch", "lamina.workers.process", "lamina.workers.attention")
 _MODEL_PRELOADED = ("lamina.workers.host",)
 """What model hosts need beyond that: transformers takes as long to import as torch."""
+_PRELOADED_LAST = ("lamina.workers.frozen",)
 _EXIT_GRACE_S = 2.0
 """How long children may take to end when their parent exits, before they are killed."""
 _context = multiprocessing.get_context("forkserver")
@@ -108,7 +104,8 @@ def start_fork_server(*, for_models: bool = False) -> None:
         for_models: model hosts will be started.
     """
     with _processes_lock, _without_main():
-        _context.set_forkserver_preload([*_PRELOADED, *(_MODEL_PRELOADED if for_models else ())])
+        models = _MODEL_PRELOADED if for_models else ()
+        _context.set_forkserver_preload([*_PRELOADED, *models, *_PRELOADED_LAST])
         forkserver.ensure_running()
 
 

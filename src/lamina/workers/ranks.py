@@ -188,6 +188,11 @@ class ModelRanks:
         for rank in self._ranks:
             self._control.request(rank.name, IntegrityQuery(), self._deadline)
 
+    @property
+    def lost(self) -> dict[str, str]:
+        """Who is lost and why, the first one first: ranks, hosts, and whom they miss."""
+        return dict(self._lost)
+
     def check(self) -> None:
         """PeerLost if a rank, or anybody else whom one of them needs, is lost."""
         for name, reason in list(self._lost.items()):
@@ -231,6 +236,15 @@ class ModelRanks:
         logger.error("%s is lost: %s", name, reason)
         for link in links:
             link.fail(reason)
+
+    def missed(self, error: PeerLost) -> None:
+        """A rank's link failed: raise PeerLost for whoever was lost first.
+
+        Links also fail because somebody else is lost. If nobody is known to be, it is the rank.
+        """
+        self.check()
+        self.note_lost(error.peer, error.reason)
+        self.check()
 
     def close(self) -> None:
         """End all hosts and ranks, politely at first. Idempotent; blocks for seconds at most."""

@@ -99,8 +99,7 @@ class RemotePipeline:
             for outbox in self._steps.values():
                 outbox.post(self._ranks.num_steps, step, deadline=deadline)
         except PeerLost as error:
-            self._ranks.note_lost(error.peer, error.reason)
-            self._ranks.check()  # raises for who was lost first
+            self._ranks.missed(error)
             raise
         if plan.spans:
             self._in_flight[plan.micro_batch] = _InFlight(
@@ -153,8 +152,7 @@ class RemotePipeline:
                         peer=", ".join(first.waiting),
                     ) from None
         except PeerLost as error:
-            self._ranks.note_lost(error.peer, error.reason)
-            self._ranks.check()  # raises for who was lost first
+            self._ranks.missed(error)
             raise
 
     def _take_results(self, micro_batch: int, step: _InFlight) -> None:
