@@ -6,14 +6,16 @@ import json
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from lamina.cli.main import app
-from lamina.engine.llm import LLM
+from lamina.config import EngineConfig
+from lamina.engine.start import start_engine
 from lamina.errors import ConfigError
 from lamina.plan.profile import read_profile
-from lamina.types import SamplingParams
+from lamina.types import EngineRequest, SamplingParams
 from support.families import save_tiny_model
 
 
@@ -44,12 +46,30 @@ def test_calibrate_then_simulate(tmp_path: Path) -> None:
     results = json.loads(result.stdout)
     assert [r["deployment"] for r in results] == ["mono:1xcpu-1", "dop:1xcpu-1/1xcpu-1,depth=2"]
     assert all(r["tokens_per_s"] > 0 for r in results)
-    threads = {"num_threads": 1, "worker_num_threads": 1}
-    with LLM(tmp_path, profile=str(file), max_model_len=64, **threads) as llm:
-        (completion,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))
-    assert len(completion.answers[0].token_ids) == 4
+    config = EngineConfig(
+        model=str(tmp_path), max_model_len=64, num_threads=1, worker_num_threads=1,
+        profile=str(file), heartbeat_timeout_s=20.0,
+    )  # fmt: skip
+    assert len(decoded(config)) == 12
     with pytest.raises(ConfigError, match="cpu-2"):
-        LLM(tmp_path, profile=str(file), max_model_len=64, num_threads=2)
+        decoded(msgspec.structs.replace(config, num_threads=2))
+
+
+def decoded(config: EngineConfig) -> list[int]:
+    """Tokens of a request."""
+    started = start_engine(config)
+    try:
+        sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        started.engine.add(
+            EngineRequest(request_id="a", prompt_token_ids=(1, 2, 3), sampling=sampling, seed=0)
+        )
+        tokens: list[int] = []
+        while started.engine.has_work:
+            for output in started.engine.step():
+                tokens += output.token_ids
+        return tokens
+    finally:
+        started.close()
 
 
 def test_cores_that_are_not_there() -> None:
