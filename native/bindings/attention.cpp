@@ -128,6 +128,8 @@ void bind_attention(nb::module_& module) {
           [](PagedAttention* self, std::vector<LayerSpec> layers, const std::string& dtype,
              const std::string& cache_dtype, int64_t num_pages, int page_tokens,
              std::shared_ptr<ThreadPool> pool, const std::string& isa) {
+            // Touching all pages takes seconds, in which other threads have heartbeats to send.
+            const nb::gil_scoped_release release;
             new (self) PagedAttention(std::move(layers), dtype_named(dtype),
                                       cache_type_named(cache_dtype), num_pages, page_tokens,
                                       std::move(pool), isa_named(isa));

@@ -54,6 +54,24 @@ SHAPES: dict[str, dict[str, object]] = {
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     },
+    # Much attention beside little else: 0.07 B parameters, 48 KiB of KV per token. Attention takes as
+    # long as the slices at a context that is computed quickly.
+    "attention-heavy": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 8000,
+        "hidden_size": 1024,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    },
     # Llama's architecture with fewer, wider layers: 0.301 B parameters.
     "llama-0.3b": {
         "architectures": ["LlamaForCausalLM"],
