@@ -26,8 +26,8 @@ _PR_SET_PDEATHSIG = 1
 class ForkedWorkers:
     """Children that run their targets at once. Used by the thread that forked them.
 
-    A child ends when its parent does, however that dies and even if the child is stopped. Exit
-    codes are those of a `WorkerProcess`.
+    A child ends when its parent does, however that dies and even if the child is stopped (one that
+    is stopped before its target runs: when it continues). Exit codes are a `WorkerProcess`'s.
     """
 
     def __init__(self, targets: Mapping[str, Callable[[], None]]) -> None:

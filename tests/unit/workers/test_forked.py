@@ -43,10 +43,14 @@ print("fine")
 """
 
 _ORPHANS = """
-import time
+import os, time
 from lamina.workers.forked import ForkedWorkers
-workers = ForkedWorkers({str(i): lambda: time.sleep(60) for i in range(3)})
-print(*workers.pids.values(), flush=True)
+
+def target():
+    os.write(1, f"{os.getpid()}\\n".encode())
+    time.sleep(60)
+
+workers = ForkedWorkers({str(i): target for i in range(3)})
 time.sleep(60)
 """
 
@@ -110,8 +114,7 @@ def test_exit_codes_and_ends() -> None:
 def test_no_orphans_when_the_parent_dies(end: signal.Signals) -> None:
     process = subprocess.Popen([sys.executable, "-c", _ORPHANS], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    pids = [int(pid) for pid in process.stdout.readline().split()]
-    assert len(pids) == 3
+    pids = [int(process.stdout.readline()) for _ in range(3)]  # each says it when it runs
     os.kill(pids[1], signal.SIGSTOP)
     process.send_signal(end)
     process.communicate(timeout=10)
