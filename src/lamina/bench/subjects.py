@@ -16,7 +16,7 @@ import torch
 from lamina.config import THREAD_ENVIRONMENT, EngineConfig
 from lamina.engine.events import StepRecord
 from lamina.engine.start import StartedEngine, start_engine
-from lamina.errors import EngineDead
+from lamina.errors import CapacityError, EngineDead
 from lamina.types import EngineRequest, SamplingParams
 from lamina.workers.process import limit_threads
 
@@ -130,6 +130,11 @@ class LaminaSubject:
         goal = min(counts.values()) + 1
         while min(counts.values()) < goal:
             for output in engine.step():
+                if output.request_id in counts and output.finish_reason is not None:
+                    raise CapacityError(
+                        "a sequence reached the deployment's length while it was measured; "
+                        "take fewer or shorter prompts, turns or steps"
+                    )
                 if output.request_id in counts:  # it may have been ended with its step in flight
                     counts[output.request_id] += len(output.token_ids)
         for record in engine.timeline.records:
