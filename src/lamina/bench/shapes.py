@@ -54,8 +54,8 @@ SHAPES: dict[str, dict[str, object]] = {
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     },
-    # Much attention beside little else: 0.07 B parameters, 48 KiB of KV per token. Attention takes as
-    # long as the slices at a context that is computed quickly.
+    # Much attention beside little else: 0.07 B parameters, 48 KiB of KV per token. Attention takes
+    # as long as the slices at a context that is computed quickly.
     "attention-heavy": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
