@@ -18,10 +18,12 @@ import torch
 from lamina import _native
 from lamina.bench.attention import LEAST_BYTES, Case
 from lamina.bench.attention import Subject as PagedAttention
-from lamina.bench.subjects import LaminaSubject, Subject, SubjectProcess
+from lamina.bench.subjects import Subject, SubjectProcess
 from lamina.config import THREAD_ENVIRONMENT, EngineConfig
 from lamina.convert import SlicedModel, convert
+from lamina.engine.start import start_engine
 from lamina.plan.layers import LayerCost, ModelCost
+from lamina.types import EngineRequest, SamplingParams
 from lamina.workers.process import limit_threads, pinned_pool
 
 Interval = tuple[float, float]
@@ -165,37 +167,70 @@ class Tokens(msgspec.Struct, frozen=True):
     count: int
     gaps_s: list[float]
     """Times between a sequence's tokens, of all sequences."""
+    context: float
+    """Tokens of a sequence at the beginning, on average."""
 
 
-class RecordingSubject(LaminaSubject):
-    """An engine whose tokens are noted one by one: with several micro-batches in flight a step does
-    not give all sequences a token."""
+class EnginePart(Part):
+    """An engine in this process, its workers in their own, whose tokens are noted one by one: with
+    several micro-batches in flight a step does not give all sequences a token."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._started = start_engine(config)
+        self._num_prompts = 0
+        self._lengths: dict[str, int] = {}
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Compute the prompts, forgetting earlier ones."""
+        engine = self._started.engine
+        for name in self._lengths:
+            engine.abort(name)
+        names = [f"{self._num_prompts + index}" for index in range(len(prompts))]
+        self._num_prompts += len(prompts)
+        self._lengths = {name: len(p) for name, p in zip(names, prompts, strict=True)}
+        sampling = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+        for name, prompt in zip(names, prompts, strict=True):
+            engine.add(
+                EngineRequest(
+                    request_id=name, prompt_token_ids=tuple(prompt), sampling=sampling, seed=0
+                )
+            )
+        waiting = set(names)
+        while waiting:
+            waiting.difference_update(self._step())
 
     def record(self, num_tokens: int) -> Tokens:
         """Decode until every sequence has `num_tokens` more than at the beginning; the first is
         not counted, so that what was in flight before has had time to end."""
-        engine = self._started.engine
         last: dict[str, float] = {}
-        counts = dict.fromkeys(self._names, -1)
+        counts = dict.fromkeys(self._lengths, -1)
         gaps: list[float] = []
-        total = 0
+        context = 0.0
         begin = now = time.monotonic()
         while min(counts.values()) < num_tokens:
-            outputs = engine.step()
+            names = self._step()
             now = time.monotonic()
-            was_complete = min(counts.values()) >= 0
-            for output in outputs:
-                if not output.token_ids:
-                    continue
-                name = output.request_id
+            for name in names:
                 counts[name] += 1
-                if was_complete:
-                    total += 1
+                if context:
                     gaps.append(now - last[name])
                 last[name] = now
-            if not was_complete and min(counts.values()) >= 0:
-                begin = now
-        return Tokens(now - begin, total, gaps)
+            if not context and min(counts.values()) >= 0:
+                begin, context = now, sum(self._lengths.values()) / len(self._lengths)
+        return Tokens(now - begin, len(gaps), gaps, context)
+
+    def close(self) -> None:
+        self._started.close()
+
+    def _step(self) -> list[str]:
+        """The sequences that got a token."""
+        names = []
+        for output in self._started.engine.step():
+            if output.token_ids and output.request_id in self._lengths:
+                assert output.finish_reason is None, "the engine's max_model_len is too small"
+                self._lengths[output.request_id] += 1
+                names.append(output.request_id)
+        return names
 
 
 class EnginesPart(Part):
@@ -209,7 +244,7 @@ class EnginesPart(Part):
     ) -> list[list[float]]:
         """Times between tokens at each batch."""
         os.sched_setaffinity(0, self._cores)
-        subject = RecordingSubject(config)
+        subject = EnginePart(config)
         try:
             found = []
             for batch in batches:
@@ -223,7 +258,7 @@ class EnginesPart(Part):
 class PartProcess(SubjectProcess):
     """A part in a process of its own."""
 
-    def __init__(self, name: str, make: Callable[..., Part | Subject], *arguments: object) -> None:
+    def __init__(self, name: str, make: Callable[..., Part], *arguments: object) -> None:
         super().__init__(name, cast("Callable[..., Subject]", make), arguments, THREAD_ENVIRONMENT)
 
     def call(self, method: str, *arguments: object) -> Any:

@@ -98,6 +98,7 @@ def placed_config(
         pipeline_depth=depth if remote else None,
         heartbeat_timeout_s=20.0,  # a machine that others use as well may be slow, not dead
         startup_timeout_s=600.0,
+        step_deadline_s=3600.0,  # steps stay in flight while other deployments have their turns
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from lamina.bench.parts import PartProcess, RecordingSubject, Tokens
+from lamina.bench.parts import EnginePart, PartProcess, Tokens
 from lamina.bench.placements import Placement, placed_config
 from lamina.bench.subjects import PREFILL_ROWS
 from lamina.errors import ConfigError
@@ -69,6 +69,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     placement: str
     batch: int
     context: int
+    """Tokens of a sequence, on average over sequences and turns."""
     measured_tokens_per_s: float
     predicted_tokens_per_s: float
     measured_tbt_ms: float
@@ -116,15 +117,22 @@ def errors(figures: Sequence[Figure]) -> Errors:
 
 
 def predict(
-    case: Case, placement: Placement, model: ModelCost, profile: Profile, num_tokens: int
+    case: Case,
+    placement: Placement,
+    model: ModelCost,
+    profile: Profile,
+    *,
+    context: int,
+    num_tokens: int,
 ) -> tuple[float, float]:
     """Tokens per second and median seconds between tokens of a simulated run.
 
     Args:
         profile: of any model on this machine.
-        num_tokens: to generate for each sequence.
+        context: tokens of every sequence at the beginning.
+        num_tokens: to generate for each.
     """
-    arrival = Arrival(time_s=0.0, prompt_tokens=case.context, output_tokens=num_tokens + 1)
+    arrival = Arrival(time_s=0.0, prompt_tokens=context, output_tokens=num_tokens + 1)
     result = simulate(
         model,
         parse_deployment(placement.deployment(case.depth), profile.with_devices({})),
@@ -145,14 +153,21 @@ def compare(
     turns: Sequence[Tokens],
 ) -> Figure:
     """Put a prediction beside what was measured in some turns."""
-    num_tokens = max(2, sum(turn.count for turn in turns) // case.batch)
-    rate, tbt_s = predict(case, placement, model, profile, num_tokens)
+    rate, tbt_s = predict(
+        case,
+        placement,
+        model,
+        profile,
+        # Sequences are longer than their prompts: the first ones decode while others' are computed.
+        context=round(turns[0].context),
+        num_tokens=max(2, round(turns[-1].context - turns[0].context)),
+    )
     rates = [turn.count / turn.seconds for turn in turns]
     return Figure(
         deployment=placement.deployment(case.depth),
         placement=case.placement,
         batch=case.batch,
-        context=case.context,
+        context=round(statistics.fmean(turn.context for turn in turns)),
         measured_tokens_per_s=statistics.median(rates),
         predicted_tokens_per_s=rate,
         measured_tbt_ms=1e3 * statistics.median(gap for turn in turns for gap in turn.gaps_s),
@@ -209,16 +224,19 @@ class Deployments:
                     length=max(case.context + self._margin(case) for case in own),
                     rows=PREFILL_ROWS,
                 )
-                engine = PartProcess(f"{name}, depth {depth}", RecordingSubject, config)
+                engine = PartProcess(f"{name}, depth {depth}", EnginePart, config)
                 stack.callback(engine.close)
                 self._engines[name, depth] = engine
                 progress(f"engine {name}, depth {depth}: ready")
             self._stack = stack.pop_all()
 
     def _margin(self, case: Case) -> int:
-        """Tokens that a sequence gets while others' prompts are computed, and in the turns."""
-        prefill_steps = 2 * ceil_div(case.batch * case.context, PREFILL_ROWS) + case.batch
-        return prefill_steps + self._turns * (self._tokens + 4) + 16
+        """Tokens that a sequence gets while others' prompts are computed, and in the turns.
+
+        A micro-batch that only decodes may overtake one with prompts many times.
+        """
+        prompt_steps = ceil_div(case.batch * case.context, PREFILL_ROWS) + case.batch
+        return 12 * prompt_steps + self._turns * (self._tokens + 8)
 
     def measure_next(self) -> bool:
         """Measure the next case of every engine, all of them in turns; False if none was left."""
@@ -227,7 +245,7 @@ class Deployments:
             generator = torch.Generator().manual_seed(case.batch)
             shape = (case.batch, case.context)
             prompts = torch.randint(self._vocab_size, shape, generator=generator).tolist()
-            self._engines[key].prefill(prompts)
+            self._engines[key].call("prefill", prompts)
             self._progress(
                 f"prompts of {case.placement}, depth {case.depth}, {case.batch} x {case.context}"
             )

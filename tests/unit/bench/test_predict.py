@@ -33,7 +33,9 @@ def wide(found: Profile) -> Profile:
 
 def test_a_monolithic_step_is_the_sum_of_its_parts() -> None:
     case = Case(placement="monolithic", depth=1, batch=4, context=40)
-    rate, tbt_s = predict(case, PLACEMENTS["monolithic"], MODEL, wide(profile()), 3)
+    rate, tbt_s = predict(
+        case, PLACEMENTS["monolithic"], MODEL, wide(profile()), context=40, num_tokens=3
+    )
     slices, engine = 4 / 2, 0.1 + 4 * 0.01
     # Half of rows x context; the second of the three steps has 42 tokens.
     assert tbt_s == pytest.approx(slices + engine + 4 * 42 / 2, rel=0.02)
@@ -43,8 +45,9 @@ def test_a_monolithic_step_is_the_sum_of_its_parts() -> None:
 def test_two_micro_batches_disturb_each_other() -> None:
     case = Case(placement="apart", depth=1, batch=2, context=16)
     found = wide(profile())
-    _, one = predict(case, PLACEMENTS["apart"], MODEL, found, 3)
-    _, two = predict(msgspec.structs.replace(case, depth=2), PLACEMENTS["apart"], MODEL, found, 3)
+    _, one = predict(case, PLACEMENTS["apart"], MODEL, found, context=16, num_tokens=3)
+    twice = msgspec.structs.replace(case, depth=2)
+    _, two = predict(twice, PLACEMENTS["apart"], MODEL, found, context=16, num_tokens=3)
     # Each of the two has half of the rows, but its attention is slowed down by the other's slices.
     assert one < two < 2 * one
 
@@ -53,15 +56,16 @@ def test_figures_and_errors() -> None:
     case = Case(placement="monolithic", depth=1, batch=4, context=40)
     found = wide(profile())
     turns = [
-        Tokens(seconds=100.0, count=4, gaps_s=[90.0] * 4),
-        Tokens(seconds=80.0, count=4, gaps_s=[80.0] * 4),
-        Tokens(seconds=50.0, count=4, gaps_s=[50.0] * 4),
+        Tokens(seconds=100.0, count=4, gaps_s=[90.0] * 4, context=50.0),
+        Tokens(seconds=80.0, count=4, gaps_s=[80.0] * 4, context=51.0),
+        Tokens(seconds=50.0, count=4, gaps_s=[50.0] * 4, context=53.0),
     ]
     figure = compare(case, PLACEMENTS["monolithic"], MODEL, found, turns)
     assert figure.measured_tokens_per_s == 0.05
     assert (figure.measured_low, figure.measured_high) == (0.04, 0.08)
     assert figure.measured_tbt_ms == 80_000
-    rate, tbt_s = predict(case, PLACEMENTS["monolithic"], MODEL, found, 3)
+    assert figure.context == 51, "prompts and what was decoded since"
+    rate, tbt_s = predict(case, PLACEMENTS["monolithic"], MODEL, found, context=50, num_tokens=3)
     assert figure.throughput_error == pytest.approx(rate / 0.05 - 1)
     assert figure.tbt_error == pytest.approx(tbt_s / 80 - 1)
 
