@@ -248,7 +248,7 @@ def test_disconnected_client_frees_its_pages(server: Server, client: openai.Open
         model=MODEL,
         prompt=PROMPT,
         max_tokens=80,
-        n=4,
+        n=16,  # more than the pages hold: the last cannot be done when the client goes
         stream=True,
         extra_body={"ignore_eos": True},
     ) as stream:
@@ -256,4 +256,4 @@ def test_disconnected_client_frees_its_pages(server: Server, client: openai.Open
             pass
         assert any(server.metric("lamina_kv_pages_used").values())
     assert_no_pages_used(server)
-    assert server.metric("lamina_requests_total")['finish_reason="abort"'] == 4
+    assert 0 < server.metric("lamina_requests_total")['finish_reason="abort"'] <= 16
