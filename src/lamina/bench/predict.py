@@ -233,10 +233,13 @@ class Deployments:
     def _margin(self, case: Case) -> int:
         """Tokens that a sequence gets while others' prompts are computed, and in the turns.
 
-        A micro-batch that only decodes may overtake one with prompts many times.
+        With several micro-batches, one that only decodes overtakes one with prompts many times.
         """
-        prompt_steps = ceil_div(case.batch * case.context, PREFILL_ROWS) + case.batch
-        return 12 * prompt_steps + self._turns * (self._tokens + 8)
+        num_prompt_tokens = case.batch * case.context
+        prompt_steps = ceil_div(num_prompt_tokens, PREFILL_ROWS) + case.batch
+        if case.depth > 1:
+            prompt_steps += num_prompt_tokens // 6
+        return 2 * prompt_steps + self._turns * (self._tokens + 8)
 
     def measure_next(self) -> bool:
         """Measure the next case of every engine, all of them in turns; False if none was left."""
