@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from typer.testing import CliRunner
 from lamina.bench import predict as predict_module
 from lamina.bench.parts import Tokens
 from lamina.bench.placements import placements
-from lamina.bench.predict import CASES, Case, Errors, Figure, compare, errors, predict
+from lamina.bench.predict import CASES, Case, Deployments, Errors, Figure, compare, errors, predict
 from lamina.bench.shapes import SHAPES
 from lamina.cli.main import app
 from lamina.errors import ConfigError
 from lamina.plan.model import model_cost
 from lamina.plan.profile import Profile
+from support.families import save_tiny_model
 
 from .test_calibrated import MODEL, measured, profile
 
@@ -160,3 +162,33 @@ def test_the_command_checks_the_limits(tmp_path: Path, monkeypatch: pytest.Monke
 def test_unknown_shapes_are_refused() -> None:
     with pytest.raises(ConfigError, match="'huge'"):
         CliRunner().invoke(app, ["bench", "predict", "--calibrate", "huge"], catch_exceptions=False)
+
+
+def test_engines_take_turns(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path)
+    here = placements((min(os.sched_getaffinity(0)),))
+    cases = (
+        Case(placement="monolithic", depth=1, batch=2, context=20),
+        Case(placement="monolithic", depth=1, batch=3, context=9),
+        Case(placement="shared", depth=2, batch=3, context=20),
+        Case(placement="pair", depth=1, batch=2, context=20),  # takes two cores
+    )
+    deployments = Deployments(tmp_path, cases, here, vocab_size=100, turns=2, tokens=3)
+    try:
+        assert deployments.measure_next()
+        assert set(deployments.measured) == {cases[0], cases[2]}
+        assert deployments.measure_next()
+        assert not deployments.measure_next()
+    finally:
+        deployments.close()
+    assert set(deployments.measured) == set(cases[:3])
+    for case, turns in deployments.measured.items():
+        assert len(turns) == 2
+        for turn in turns:
+            # The last of the sequences has three tokens more, others may have another one.
+            assert 3 * case.batch <= turn.count <= 4 * case.batch
+            assert len(turn.gaps_s) == turn.count
+            assert case.context < turn.context < 2 * case.context + 60
+        assert turns[1].context > turns[0].context
+    with pytest.raises(ConfigError, match="no deployment"):
+        Deployments(tmp_path, cases[3:], here, vocab_size=100, turns=2, tokens=3)
