@@ -52,9 +52,10 @@ class Streams:
 
     def __init__(self, server: Server) -> None:
         """Start them; returns when tokens of every one have come."""
-        self._server = server
         self._counts = [0] * NUM_STREAMS
         self._ends: list[End | None] = [None] * NUM_STREAMS
+        # Made before any starts: it takes as long as some hundred tokens.
+        self._clients = [client_of(server) for _ in range(NUM_STREAMS)]
         self._threads = [
             threading.Thread(target=self._run, args=(index,)) for index in range(NUM_STREAMS)
         ]
@@ -72,7 +73,7 @@ class Streams:
     def _run(self, index: int) -> None:
         error = None
         try:
-            with client_of(self._server) as client:
+            with self._clients[index] as client:
                 for _ in client.completions.create(
                     model=MODEL,
                     prompt=[7, 8, 9 + index],
